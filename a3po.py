@@ -131,9 +131,9 @@ SETTINGS = {
         model=str(DEMO_DIR / "model"), data=str(DEMO_DIR / "train.jsonl"),
         eval_data=str(DEMO_DIR / "test.jsonl"), steps=100, prompts_per_step=32, group_size=8,
         mini_batches=8, max_prompt_length=64, max_response_length=64, lr=1.5e-4, warmup_steps=5,
-        adam_beta2=0.95, weight_decay=0.0, head_chunk=256, eval_every=20, eval_n=4,
-        eval_temperature=1.0, eval_top_p=1.0, save_every=0, gradient_checkpointing=False,
-        decay_rate=0.015,
+        adam_beta2=0.95, weight_decay=0.0, head_chunk=256, micro_batch_tokens=2048,
+        eval_every=20, eval_n=4, eval_temperature=1.0, eval_top_p=1.0, save_every=0,
+        gradient_checkpointing=False, decay_rate=0.015,
     ),
 }
 
@@ -288,11 +288,10 @@ def shape_advantages(
     (polarity level [P]); the cells "low_prob", "high_prob", "low_entropy" and "high_entropy"
     choose other tokens (token level [P]).
     """
+    if not mask.shape[1]:
+        return advantages.clone()
     correct, mask = correct.bool()[:, None], mask.bool()
-    weighted = advantages * torch.where(correct, positive_weight, negative_weight)
     lengths = mask.sum(1, keepdim=True, dtype=torch.int32)
-    if lengths.sum() == 0:
-        return weighted
     # double: in float32 the product can round up to a whole number that int() then keeps
     counts = (lengths.double() * token_fraction).long().clamp_(min=1)
     values = {"prob": logprobs, "entropy": entropy}
@@ -301,22 +300,23 @@ def shape_advantages(
     if n_name != p_name:
         key = torch.where(correct, key, values[n_name])
     signs = (1.0 if side == "low" else -1.0 for side in (p_side, n_side))
-    key = (key.float() * torch.where(correct, *signs)).masked_fill_(~mask, torch.inf)
+    key = key.float() * torch.where(correct, *signs)
+    ordered = torch.where(mask, key, torch.inf)
     if key.is_cuda:
-        ordered = key.sort(dim=1).values
+        ordered = ordered.sort(dim=1).values
     else:
-        ordered = key.clone()
         ordered.numpy().sort(axis=1)  # in place; on CPUs many times faster than torch's sort
     threshold = ordered.gather(1, counts - 1)  # the counts-th smallest key of each row
-    chosen = (key <= threshold) & mask
+    chosen = (key <= threshold).logical_and_(mask)
     # Rows where the next key is as small hold more tied tokens than there is room for
     after = ordered.gather(1, counts.clamp(max=key.shape[1] - 1))
     rows = ((after == threshold) & (counts < lengths))[:, 0].nonzero()[:, 0]
     tied = (key[rows] == threshold[rows]) & mask[rows]
-    room = counts[rows] - (key[rows] < threshold[rows]).sum(1, keepdim=True)
+    room = counts[rows] - ((key[rows] < threshold[rows]) & mask[rows]).sum(1, keepdim=True)
     chosen[rows] &= ~tied | (tied.cumsum(1) <= room)
+    weight = torch.where(correct, positive_weight, negative_weight)
     rho = torch.where(correct, rho_positive, rho_negative)
-    return weighted.mul_(torch.where(chosen, rho, 1.0))
+    return torch.where(chosen, weight * rho, weight).to(advantages.dtype).mul_(advantages)
 
 
 def aggregate(
@@ -481,27 +481,31 @@ def _chunks(n: int, size: int):
 
 
 class Packing:
-    """Where the sequences lie in a packed batch: bounds (B + 1,) of sequence i are its first token
-    and the next one's. Computed once per batch and used by every layer's attention."""
+    """Where the sequences (prompt + response) lie in a packed batch of N tokens, in which equal
+    prompts are there once: sequence i is the tokens index[bounds[i] : bounds[i + 1]], and first
+    (N,) is where in index (M,) each token is named first. Computed once per batch; every layer's
+    attention spreads its inputs to whole sequences, all else is done for the N tokens alone."""
 
-    def __init__(self, bounds: torch.Tensor):
-        self.bounds, device = bounds.to(torch.int32), bounds.device
-        lengths = bounds.diff()
+    def __init__(self, index: torch.Tensor, first: torch.Tensor, bounds: torch.Tensor):
+        self.index, self.first, self.bounds = index, first, bounds.to(torch.int32)
+        lengths, device = bounds.diff(), bounds.device
         self.longest = int(lengths.max())
-        self.positions = torch.arange(int(bounds[-1]), device=device)
-        self.positions -= bounds[:-1].repeat_interleave(lengths)
+        positions = torch.arange(len(index), device=device)
+        self.positions = (positions - bounds[:-1].repeat_interleave(lengths))[first]
         # For devices without a varlen kernel: index grids (sequences, length) of sequences of
         # similar length, padded on the right, where causal attention needs no mask.
         self.grids: list[tuple[torch.Tensor, torch.Tensor]] = []
         if device.type == "cpu":
+            is_first = torch.zeros(len(index), dtype=torch.bool)
+            is_first[first] = True
             order = lengths.argsort(descending=True)
             while len(order):
                 longest = lengths[order[0]]
                 group = order[lengths[order] > 0.75 * longest]
                 order = order[len(group) :]
                 t = torch.arange(int(longest))
-                valid = t < lengths[group, None]
-                self.grids.append(((bounds[group, None] + t).clamp(max=bounds[-1] - 1), valid))
+                place = (bounds[group, None] + t).clamp(max=len(index) - 1)
+                self.grids.append((index[place], (t < lengths[group, None]) & is_first[place]))
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, packing=None, **_):
@@ -511,19 +515,21 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
     if not packing.grids:
         from torch.nn.attention.varlen import varlen_attn
 
+        if len(packing.index) > len(packing.first):  # prompts are shared
+            query, key, value = (x.index_select(0, packing.index) for x in (query, key, value))
         repeat = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(repeat, 1) for x in (key, value))
         bounds, longest = packing.bounds, packing.longest
         out = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling,
                           window_size=(-1, 0))
-        return out[None], None
+        return out[packing.first][None], None
     out = torch.empty_like(query)
-    for index, valid in packing.grids:
+    for index, is_first in packing.grids:
         q, k, v = (x[index].transpose(1, 2) for x in (query, key, value))
         grid = nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scaling, enable_gqa=True
         )
-        out[index[valid]] = grid.transpose(1, 2)[valid]
+        out[index[is_first]] = grid.transpose(1, 2)[is_first]
     return out[None], None
 
 
@@ -535,23 +541,25 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.config = model, config
 
-    def forward(self, ids, bounds, prompt_lengths, mask):
-        """ids (N,): prompts and responses, packed without padding; bounds (B + 1,): where each
-        begins; prompt_lengths (B,); mask (B, T) of response tokens. Returns log-probs, entropies
+    def forward(self, ids, index, first, bounds, prompt_lengths, mask):
+        """ids (N,): prompts and responses, packed without padding, and index, first, bounds: see
+        Packing; prompt_lengths (B,); mask (B, T) of response tokens. Returns log-probs, entropies
         and Lp-Reg proxies, each (B, T)."""
-        packing = Packing(bounds)
+        packing = Packing(index, first, bounds)
         hidden = self.model.get_decoder()(
             input_ids=ids[None], position_ids=packing.positions[None], use_cache=False,
             packing=packing,
         ).last_hidden_state[0]
         row, t = mask.nonzero(as_tuple=True)
         position = bounds[row] + prompt_lengths[row] + t
-        hidden = hidden[position - 1]  # the state that predicts token t
+        hidden = hidden[index[position - 1]]  # the state that predicts token t
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         weight = self.model.get_output_embeddings().weight.to(hidden.dtype)
-        outputs = TokenLogprobs.apply(hidden, weight, ids[position], self.config.temperature,
-                                      self.config.head_chunk, self.config.proxy_kappa)
+        targets, c = ids[index[position]], self.config
+        outputs = TokenLogprobs.apply(
+            hidden, weight, targets, c.temperature, c.head_chunk, c.proxy_kappa
+        )
         blank = torch.zeros(mask.shape, device=mask.device)
         return [blank.masked_scatter(mask, x) for x in outputs]
 
@@ -634,13 +642,22 @@ class Row:
 
 
 def collate(rows: list[Row], device: str) -> dict[str, torch.Tensor]:
-    """Pack rows one after the other; per-token values come as (B, T), padded on the right. Masks
-    come from lengths, never from token ids."""
+    """Pack rows one after the other, a group's prompt only once (see Packing); per-token values
+    come as (B, T), padded on the right. Masks come from lengths, never from token ids."""
     T = max(len(row.ids) for row in rows)
-    ids = [token for row in rows for token in (*row.prompt_ids, *row.ids.tolist())]
+    ids, index, begins = [], [], {}
+    for row in rows:
+        begin = begins.setdefault(id(row.prompt_ids), len(ids))
+        if begin == len(ids):
+            ids += row.prompt_ids
+        index += range(begin, begin + len(row.prompt_ids))
+        index += range(len(ids), len(ids) + len(row.ids))
+        ids += row.ids.tolist()
     lengths = torch.tensor([len(row.ids) for row in rows])
     batch = dict(
         ids=torch.tensor(ids),
+        index=torch.tensor(index),
+        first=torch.from_numpy(np.unique(index, return_index=True)[1]),
         bounds=torch.tensor([0, *(len(row) for row in rows)]).cumsum(0),
         prompt_lengths=torch.tensor([len(row.prompt_ids) for row in rows]),
         mask=torch.arange(T) < lengths[:, None],
@@ -655,17 +672,32 @@ def collate(rows: list[Row], device: str) -> dict[str, torch.Tensor]:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+def packed_length(rows: list[Row]) -> int:
+    """Tokens of the rows' micro-batch, where equal prompts are there once."""
+    prompts = {id(row.prompt_ids): len(row.prompt_ids) for row in rows}
+    return sum(prompts.values()) + sum(len(row.ids) for row in rows)
+
+
 def pack(rows: list[Row], token_budget: int) -> list[list[Row]]:
-    """First-fit decreasing: bins of at most token_budget tokens (a longer row has its own)."""
+    """First-fit decreasing: bins of at most token_budget tokens (a longer row has its own). Rows
+    of one group that fit into a bin stay together and share their prompt."""
+    groups: dict[int, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(id(row.prompt_ids), []).append(row)
+    items = []
+    for group in groups.values():
+        whole = packed_length(group) <= token_budget
+        items += [group] if whole else [[row] for row in group]
     bins: list[list[Row]] = []
     free: list[int] = []
-    for row in sorted(rows, key=len, reverse=True):
-        i = next((i for i, room in enumerate(free) if room >= len(row)), len(bins))
+    for item in sorted(items, key=packed_length, reverse=True):
+        size = packed_length(item)
+        i = next((i for i, room in enumerate(free) if room >= size), len(bins))
         if i == len(bins):
             bins.append([])
             free.append(token_budget)
-        bins[i].append(row)
-        free[i] -= len(row)
+        bins[i] += item
+        free[i] -= size
     return bins
 
 
@@ -708,7 +740,8 @@ def run_policy(policy: nn.Module, batch: dict[str, torch.Tensor], config: Config
     """policy(batch), in bfloat16 on a GPU where FSDP's own mixed precision does not see to it."""
     device = batch["ids"].device.type
     with torch.autocast(device, torch.bfloat16, device != "cpu" and config.parallel == "ddp"):
-        return policy(batch["ids"], batch["bounds"], batch["prompt_lengths"], batch["mask"])
+        layout = ("ids", "index", "first", "bounds", "prompt_lengths", "mask")
+        return policy(*(batch[name] for name in layout))
 
 
 def remember(rows: list[Row], **values: torch.Tensor) -> None:

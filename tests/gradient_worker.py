@@ -16,15 +16,18 @@ import rollout
 
 
 def fixed_rows() -> list[a3po.Row]:
-    """The same ten responses on every rank, of very different lengths; one with advantage 0."""
+    """The same ten responses on every rank, of very different lengths, one with advantage 0. Five
+    are to the same prompt, two to another: wherever such rows meet, they share its tokens."""
     rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 90, 4 + i).tolist() for i in range(10)]
+    prompts[1] = prompts[3] = prompts[7] = prompts[9] = prompts[0]
+    prompts[8] = prompts[2]
     rows = []
     for i, length in enumerate([1, 2, 3, 5, 9, 14, 20, 27, 31, 40]):
         logprobs = -rng.exponential(1.0, length).astype(np.float32)
         ids = rng.integers(3, 90, length).astype(np.int32)
-        prompt = rng.integers(3, 90, 4 + i).tolist()
         advantage = 0.0 if i == 4 else 1.5 - i
-        rows.append(a3po.Row(prompt, ids, logprobs, i % 2 == 0, 1.0, advantage))
+        rows.append(a3po.Row(prompts[i], ids, logprobs, i % 2 == 0, 1.0, advantage))
     return rows
 
 

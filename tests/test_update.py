@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -60,6 +61,41 @@ def test_packed_policy_equals_the_models_own_logits_row_by_row(tiny_model):
             assert torch.allclose(logprobs[i, :n], expected, atol=1e-5)
             assert torch.allclose(entropy[i, :n], -(logp.exp() * logp).sum(-1), atol=1e-5)
             assert (logprobs[i, n:] == 0).all()
+
+
+def test_varlen_path_equals_the_cpu_path(tiny_model, monkeypatch):
+    """With the GPU kernel's contract written out in its place, what surrounds it can be tested."""
+    def varlen_attn(q, k, v, bounds, bounds_k, longest, longest_k, *, scale, window_size):
+        assert torch.equal(bounds, bounds_k) and bounds[-1] == len(q) == len(k)
+        assert window_size == (-1, 0) and longest == longest_k == bounds.diff().max()
+        pieces = []
+        for a, b in pairwise(bounds.tolist()):
+            scores = torch.einsum("qhd,khd->hqk", q[a:b], k[a:b]) * scale
+            future = torch.ones(b - a, b - a, dtype=torch.bool).triu(1)
+            weights = scores.masked_fill(future, -math.inf).softmax(-1)
+            pieces.append(torch.einsum("hqk,khd->qhd", weights, v[a:b]))
+        return torch.cat(pieces)
+
+    def results():
+        policy.zero_grad()
+        logprobs, entropy, _ = a3po.run_policy(policy, batch, config)
+        (logprobs + entropy).square().sum().backward()
+        return [logprobs.detach(), *(p.grad.clone() for p in policy.parameters())]
+
+    config = demo_config(tiny_model)
+    policy = a3po.Policy(a3po.load_model(config, tiny_model, "cpu"), config)
+    batch = a3po.collate(fixed_rows(), "cpu")
+    expected, packing = results(), a3po.Packing
+
+    def without_grids(*args):
+        made = packing(*args)
+        made.grids = []
+        return made
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr(a3po, "Packing", without_grids)
+    for ours, theirs in zip(results(), expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
 def worker(tmp_path, model, ranks, parallel, tokens, *flags):
@@ -137,7 +173,17 @@ def test_bins_keep_every_row_within_the_budget():
     for budget in (1, 30, 60, 100, 10_000):
         bins = a3po.pack(rows, budget)
         assert sorted(id(r) for rows in bins for r in rows) == sorted(map(id, rows))
-        assert all(sum(map(len, rows)) <= budget or len(rows) == 1 for rows in bins)
+        for bin in bins:
+            assert len(a3po.collate(bin, "cpu")["ids"]) <= budget or len(bin) == 1
+
+
+def test_a_group_shares_its_prompt_where_it_fits():
+    rows = fixed_rows()
+    prompts = {id(row.prompt_ids): len(row.prompt_ids) for row in rows}
+    for budget in (80, 10_000):  # the largest group has 4 + 75 tokens
+        bins = a3po.pack(rows, budget)
+        tokens = sum(len(a3po.collate(bin, "cpu")["ids"]) for bin in bins)
+        assert tokens == sum(prompts.values()) + sum(len(row.ids) for row in rows)
 
 
 def test_every_rank_gets_equally_many_micro_batches(monkeypatch):
