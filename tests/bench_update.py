@@ -212,7 +212,7 @@ def bench_gpu(rounds: int, size: dict = QWEN3_1_7B, responses: int = 64, mean: i
 
     step()
     seconds = median_times({"update": step}, rounds)["update"]
-    tokens = sum(map(len, rows))
+    tokens = sum(map(a3po.packed_length, a3po.pack(rows, config.micro_batch_tokens)))
     body = sum(p.numel() for p in model.parameters())  # the embedding is the head, too
     # 6 FLOPs a parameter and token, and attention's two products over a causal half
     attention = sum(len(row) ** 2 for row in rows) * 6 * size["num_hidden_layers"]
