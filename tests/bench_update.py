@@ -125,7 +125,7 @@ def log_normal_rows(n: int, rng) -> list[a3po.Row]:
 
 def bench_batching(ranks: int = 8, budget: int = 32768) -> None:
     rng = np.random.default_rng(0)
-    unused, spread, padding = [], [], []
+    spread, padding = [], []
     for _ in range(16):  # the mini-batches of one step: 256 rollouts over 8 ranks
         rows = log_normal_rows(256, rng)
         shares = a3po.deal(rows, ranks)
@@ -134,11 +134,10 @@ def bench_batching(ranks: int = 8, budget: int = 32768) -> None:
         bins = [rows for share in shares for rows in a3po.pack(share, budget)]
         used = sum(map(a3po.packed_length, bins))
         padding.append(1 - used / sum(len(a3po.collate(rows, "cpu")["ids"]) for rows in bins))
-    step = [row for row in log_normal_rows(512, rng)]  # one rank's share of the scoring pass
-    bins = a3po.pack(step, budget)
-    unused.append(1 - sum(map(a3po.packed_length, bins)) / (len(bins) * budget))
+    bins = a3po.pack(log_normal_rows(512, rng), budget)  # one rank's share of the scoring pass
+    unused = 1 - sum(map(a3po.packed_length, bins)) / (len(bins) * budget)
     print(f"batching, log-normal lengths (mean 4k, cap 16k), {ranks} ranks, {budget}-token bins\n"
-          f"  padding {np.mean(padding):.2%} (bar 1 %);  unused budget {np.mean(unused):.2%} (bar "
+          f"  padding {np.mean(padding):.2%} (bar 1 %);  unused budget {unused:.2%} (bar "
           f"3 %);  imbalance of a mini-batch {np.median(spread):.3%} (bar 0.5 %)")
 
 

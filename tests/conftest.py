@@ -11,20 +11,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def make_model(folder: Path, tied: bool = True, sharpen: float = 4.0, **size: int) -> str:
+def make_model(folder: Path, tied: bool = True, sharpen: float = 4.0) -> str:
     """A random tiny Qwen3 with the demo's tokenizer, as a save_pretrained folder."""
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo" / "model")
-    default = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                   num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256)
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer), head_dim=32, tie_word_embeddings=tied, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **default | size,
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=2, head_dim=32,
+            max_position_embeddings=256, tie_word_embeddings=tied, bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
     )
-    model = Qwen3ForCausalLM(config)
     with torch.no_grad():  # sharper than the default initialisation, so that errors show
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -66,6 +66,16 @@ def test_shaping_of_nothing():
     assert torch.equal(shaped, blank)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16, torch.float64])
+def test_weights_are_not_rounded_to_the_advantages_dtype(dtype):
+    advantages, logprobs = torch.tensor([[1.0] * 4, [-1.0] * 4]), -torch.rand(2, 4)
+    kwargs = dict(rho_positive=1.995, rho_negative=1.5, positive_weight=0.3)
+    correct, mask = torch.tensor([1, 0]), torch.ones(2, 4)
+    expected = a3po.shape_advantages(advantages, correct, logprobs, mask, **kwargs)
+    shaped = a3po.shape_advantages(advantages.to(dtype), correct, logprobs, mask, **kwargs)
+    assert torch.equal(shaped.float(), expected) and (expected == -1.5).sum() == 1
+
+
 def test_shaping_ignores_padding_and_row_order():
     _, mask, old, _, advantages, correct = random_batch(3)
     kwargs = dict(rho_positive=2.0, rho_negative=3.0)
