@@ -35,3 +35,4 @@ def main(checkpoint: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    rollout.leave()

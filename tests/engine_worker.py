@@ -68,3 +68,4 @@ def main(model: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    rollout.leave()

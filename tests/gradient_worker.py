@@ -55,3 +55,4 @@ def main(model: str, parallel: str, tokens: str, out: str, *flags: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    rollout.leave()

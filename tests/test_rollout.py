@@ -145,6 +145,14 @@ def test_request_seeds_are_far_apart():
     assert 0 <= seeds[0] and seeds[-1] < 2**63 - 1024
 
 
+def test_leave_runs_exit_handlers_and_writes_all_but_does_not_shut_python_down():
+    """The shutdown would call __del__ here; in a rank, a thread of gloo may abort it."""
+    made = "type('Kept', (), {'__del__': lambda self: print('shut down')})()"
+    done = run("-c", f"import atexit, rollout; atexit.register(print, 'handler'); kept = {made}; "
+               "print('end', end=' '); rollout.leave()")
+    assert (done.returncode, done.stdout) == (0, "end handler\n")
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_engine_follows_the_trainer(tmp_path, tied):
     """After a real optimiser step and sync, vLLM's and the trainer's log-probs agree to 1e-4; a
