@@ -348,3 +348,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    a3po.rollout.leave()
