@@ -1,30 +1,41 @@
-"""A3PO: adaptive, asymmetric, token-level advantage shaping for RL with verifiable rewards.
+"""A3PO: adaptive, asymmetric, token-level advantage shaping for RL with verifiable rewards
+(arXiv 2512.21625).
 
-    python a3po.py                                   one process, CPU or one GPU
-    torchrun --nproc_per_node 8 a3po.py              eight GPUs; Qwen3-8B-Base on DAPO-Math-17k
+Each problem is answered several times, and each answer is right or wrong. An answer's advantage A
+compares its reward with those of the other answers to that problem; GRPO and DAPO give every token
+of the answer this same A. A3PO gives more to a few tokens, early in training:
+
+    of right answers, the 20 % of tokens with the lowest probability: right moves that are rare
+    of wrong answers, the 20 % with the highest probability: wrong moves that the model is sure of
+
+    A' = A * rho on these tokens,  rho = max(1, 2 - 0.005 * step);  A' = A on all others
+
+Both choices keep entropy, and so exploration, up. At step 200 rho is 1 and A3PO is plain DAPO.
+
+A step of `train` has four stages. Sample: vLLM answers each of the step's problems, and graders
+say right or wrong. Score: the policy that sampled gives each token its old log-probability. Update:
+a few optimiser steps, each of them forward, `shape_advantages`, `policy_loss`, backward. Sync: vLLM
+gets the new weights.
+
     python a3po.py --setting demo                    the embedded tiny model, on anything
+    torchrun --nproc_per_node 8 a3po.py              Qwen3-8B-Base on DAPO-Math-17k, eight GPUs
     python a3po.py --help                            every knob, with its source
 
-Read it from the top: the configuration, the loss (copy it, it needs torch alone), then the model,
-batches, the update, checkpoints, and at the end `train`, the loop itself.
+Read on from the top: the configuration, the loss (copy it, it needs torch alone), batches, score
+and update, sampling, the loop. model.py and rollout.py are the rest of the sitting.
 
-Sources: [P] the paper (arXiv 2512.21625), [C] its authors' code, [O] our reading where neither
-says. Left out: the critic, sequence and tensor parallel training, asynchronous rollouts.
+Sources: [P] the paper, [C] its authors' code, [O] our reading where neither says. Left out: the
+critic, sequence and tensor parallel training, asynchronous rollouts.
 
-Shapes: B responses, T response tokens, L prompt + response tokens, V vocabulary, H hidden size.
+Shapes: P prompts, G responses to each, B responses in a batch, T response tokens, N packed tokens
+(prompts and responses), R response tokens without padding.
 """
 
 import argparse
 import dataclasses
-import importlib
-import json
 import math
 import os
-import shutil
 import sys
-import time
-from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +45,9 @@ from tqdm import tqdm
 
 import eval as evaluation
 import rollout
-from rollout import UsageError, say, timed
-from verify import Graders
+from model import Checkpoints, Policy, collate, distribute, full_weights, load_model
+from rollout import Prompt, Sample, rank, say, timed, world_size
+from verify import Grade, Graders, UsageError
 
 CELLS = ("low_prob", "high_prob", "low_entropy", "high_entropy")
 LOSS_AGGS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm")
@@ -45,7 +57,7 @@ def opt(default, help: str, choices: tuple | None = None):
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     """Every knob. The defaults are the paper's setting for Qwen3-8B-Base."""
 
@@ -171,7 +183,7 @@ PRESETS = {
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
-    """Defaults < setting < preset < flags. Unknown flags are an error."""
+    """Read the flags: defaults < setting < preset < flags. Unknown ones are an error."""
     parser = argparse.ArgumentParser(
         description="Train a language model with A3PO or a method it is compared with.",
         epilog="presets:\n" + "\n".join(f"  {k:15}{text}" for k, (text, _) in PRESETS.items()),
@@ -197,33 +209,33 @@ def parse_args(argv: list[str] | None = None) -> Config:
 
 
 def check_config(config: Config) -> None:
-    """Refuse impossible combinations before any work starts."""
+    """Refuse impossible values and combinations before any work starts."""
     c = config
-    for bad, what in (
-        (c.group_size < 2, f"--group_size {c.group_size}: a group needs at least 2 responses, "
+    for ok, what in (
+        (c.group_size >= 2, f"--group_size {c.group_size}: a group needs at least 2 responses, "
          "since advantages compare the responses to one prompt"),
-        (c.prompts_per_step % rollout.world_size() != 0,
-         f"--prompts_per_step {c.prompts_per_step} is not divisible by the "
-         f"{rollout.world_size()} ranks: change one of them"),
-        (not 0 < c.mini_batches <= c.prompts_per_step, f"--mini_batches {c.mini_batches}: give 1 "
-         f"to --prompts_per_step ({c.prompts_per_step})"),
-        (not 0 < c.token_fraction <= 1, f"--token_fraction {c.token_fraction}: give a share in "
-         "(0, 1]"),
-        (not 0 < c.entropy_fraction <= 1, f"--entropy_fraction {c.entropy_fraction}: give a share "
-         "in (0, 1]"),
-        (c.proxy_kappa and not c.kl_coef, "--proxy_kappa needs a --kl_coef above 0"),
-        (c.temperature <= 0, f"--temperature {c.temperature}: training samples need T > 0"),
-        (not 0 <= c.overlong_buffer < c.max_response_length, f"--overlong_buffer "
-         f"{c.overlong_buffer}: give less than --max_response_length ({c.max_response_length})"),
-        (min(c.steps, c.lr, c.decay_rate, c.rho_positive, c.rho_negative) < 0,
-         "--steps, --lr, --decay_rate and --rho_* must not be negative"),
-        (min(c.max_prompt_length, c.max_response_length, c.micro_batch_tokens, c.eval_n,
-             c.head_chunk, c.max_num_seqs) < 1,
-         "--max_prompt_length, --max_response_length, --micro_batch_tokens, --eval_n, "
-         "--head_chunk and --max_num_seqs must be at least 1"),
+        (c.prompts_per_step % world_size() == 0, f"--prompts_per_step {c.prompts_per_step} is not "
+         f"divisible by the {world_size()} ranks: change one of them"),
+        (0 < c.mini_batches <= c.prompts_per_step, f"--mini_batches {c.mini_batches}: give 1 to "
+         f"--prompts_per_step ({c.prompts_per_step})"),
+        (0 < c.token_fraction <= 1, f"--token_fraction {c.token_fraction}: give a share in (0, 1]"),
+        (0 < c.entropy_fraction <= 1,
+         f"--entropy_fraction {c.entropy_fraction}: give a share in (0, 1]"),
+        (c.kl_coef or not c.proxy_kappa, "--proxy_kappa needs a --kl_coef above 0"),
+        (c.temperature > 0, f"--temperature {c.temperature}: training samples need T > 0"),
+        (0 <= c.overlong_buffer < c.max_response_length, f"--overlong_buffer {c.overlong_buffer}: "
+         f"give less than --max_response_length ({c.max_response_length})"),
     ):
-        if bad:
+        if not ok:
             raise UsageError(what)
+    for names, least in (
+        ("steps lr decay_rate rho_positive rho_negative", 0),
+        ("max_prompt_length max_response_length micro_batch_tokens eval_n head_chunk max_num_seqs",
+         1),
+    ):
+        for name in names.split():
+            if getattr(c, name) < least:
+                raise UsageError(f"--{name} {getattr(c, name)}: must be at least {least}")
 
 
 # ---- loss: copy from here ----
@@ -233,10 +245,10 @@ import torch  # noqa: E402
 def group_advantages(
     rewards: torch.Tensor, group_size: int, norm_std: bool = True, eps: float = 1e-6
 ) -> torch.Tensor:
-    """GRPO's advantage of each response within its group [C]; norm_std=False is Dr. GRPO's.
+    """Return GRPO's advantage of each response in its group [C]; norm_std=False is Dr. GRPO's.
 
-    rewards: (P * G,), the G responses to a prompt side by side. Returns (P * G,). The standard
-    deviation is the unbiased one; a group of one has mean 0 and deviation 1.
+    rewards and result: (P * G,), the G responses to a prompt side by side. The standard deviation
+    is the unbiased one; a group of one has mean 0 and deviation 1.
     """
     if group_size == 1:
         return rewards / (1 + eps) if norm_std else rewards.clone()
@@ -248,13 +260,13 @@ def group_advantages(
 
 
 def overlong_penalty(lengths: torch.Tensor, max_length: int, buffer: int) -> torch.Tensor:
-    """DAPO's soft overlong punishment (2503.14476, eq. 13), to be added to the reward: 0 up to
-    max_length - buffer tokens, then linearly down to -1 at max_length. lengths: (B,)."""
+    """Return DAPO's soft overlong punishment (2503.14476, eq. 13), to be added to the reward: 0 up
+    to max_length - buffer tokens, then linearly down to -1 at max_length. lengths: (B,)."""
     return ((max_length - buffer - lengths) / buffer).clamp(-1.0, 0.0)
 
 
 def decayed_rho(rho: float, step: int, decay_rate: float, decay: str = "linear") -> float:
-    """The weight rho at a 0-based training step. It decays to 1 [P]; the forms are ours [O]:
+    """Return rho at a 0-based training step. It decays to 1 [P]; the forms are ours [O]:
     linear = max(1, rho - decay_rate * step), exp = 1 + (rho - 1) * exp(-decay_rate * step)."""
     if decay == "linear":
         return max(1.0, rho - decay_rate * step) if rho > 1 else min(1.0, rho + decay_rate * step)
@@ -264,67 +276,61 @@ def decayed_rho(rho: float, step: int, decay_rate: float, decay: str = "linear")
 
 
 @torch.no_grad()
-def shape_advantages(
-    advantages: torch.Tensor,
-    correct: torch.Tensor,
-    logprobs: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    rho_positive: float,
-    rho_negative: float,
-    token_fraction: float = 0.2,
-    positive_weight: float = 1.0,
-    negative_weight: float = 1.0,
-    positive_cell: str = "low_prob",
-    negative_cell: str = "high_prob",
-    entropy: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """A3PO's shaping: A * rho_positive on the lowest-probability tokens of correct responses, A *
-    rho_negative on the highest-probability tokens of incorrect ones, A elsewhere [P].
-
-    advantages, logprobs and entropy (of the old policy), mask: (B, T); correct: (B,), a flag and
-    not a reward. A response has max(1, int(token_fraction * length)) such tokens [C]; of equal
-    ones the earlier are taken [O]. positive_weight and negative_weight multiply whole responses
-    (polarity level [P]); the cells "low_prob", "high_prob", "low_entropy" and "high_entropy"
-    choose other tokens (token level [P]).
-    """
+def smallest(values: torch.Tensor, mask: torch.Tensor, fraction: float) -> torch.Tensor:
+    """Choose the max(1, int(fraction * length)) smallest values of each row [C]; of equal ones the
+    earlier [O]. values, mask: (B, T); returns (B, T) of bool."""
+    mask = mask.bool()
     if not mask.shape[1]:
-        return advantages.clone()
-    correct, mask = correct.bool()[:, None], mask.bool()
-    lengths = mask.sum(1, keepdim=True, dtype=torch.int32)
+        return mask
     # double: in float32 the product can round up to a whole number that int() then keeps
-    counts = (lengths.double() * token_fraction).long().clamp_(min=1)
-    values = {"prob": logprobs, "entropy": entropy}
-    (p_side, p_name), (n_side, n_name) = positive_cell.split("_"), negative_cell.split("_")
-    key = values[p_name]
-    if n_name != p_name:
-        key = torch.where(correct, key, values[n_name])
-    signs = (1.0 if side == "low" else -1.0 for side in (p_side, n_side))
-    key = key.float() * torch.where(correct, *signs)
-    ordered = torch.where(mask, key, torch.inf)
-    if key.device.type == "cpu":
+    lengths = mask.sum(1, keepdim=True, dtype=torch.int32)
+    counts = (lengths.double() * fraction).long().clamp_(min=1)
+    values = values.float()
+    ordered = values.masked_fill(~mask, torch.inf)
+    if type(ordered) is torch.Tensor and ordered.device.type == "cpu":
         ordered.numpy().sort(axis=1)  # in place, and many times faster than torch's sort there
     else:
         ordered = ordered.sort(dim=1).values
-    threshold = ordered.gather(1, counts - 1)  # the counts-th smallest key of each row
-    chosen = (key <= threshold).logical_and_(mask)
-    # Rows where the next key is as small hold more tied tokens than there is room for
-    after = ordered.gather(1, counts.clamp(max=key.shape[1] - 1))
-    rows = ((after == threshold) & (counts < lengths))[:, 0].nonzero()[:, 0]
-    tied = (key[rows] == threshold[rows]) & mask[rows]
-    room = counts[rows] - ((key[rows] < threshold[rows]) & mask[rows]).sum(1, keepdim=True)
-    chosen[rows] &= ~tied | (tied.cumsum(1) <= room)
+    threshold = ordered.gather(1, counts - 1)  # the counts-th smallest value of each row
+    short = torch.int16 if mask.shape[1] < 2**15 else torch.int32  # faster counting by a third
+    room = (counts - torch.searchsorted(ordered, threshold)).to(short)  # for values equal to it
+    equal = (values == threshold) & mask
+    earlier = equal.cumsum(1, dtype=short) <= room
+    return ((values < threshold) & mask) | (equal & earlier)
+
+
+@torch.no_grad()
+def shape_advantages(
+    advantages: torch.Tensor, correct: torch.Tensor, logprobs: torch.Tensor, mask: torch.Tensor, *,
+    rho_positive: float, rho_negative: float, token_fraction: float = 0.2,
+    positive_weight: float = 1.0, negative_weight: float = 1.0,
+    positive_cell: str = "low_prob", negative_cell: str = "high_prob",
+    entropy: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Shape advantages: A * rho_positive on the lowest-probability tokens of correct responses, A *
+    rho_negative on the highest-probability tokens of incorrect ones, A elsewhere [P].
+
+    advantages, logprobs and entropy (of the old policy), mask: (B, T); correct: (B,), a flag and
+    not a reward. How many tokens are chosen: see `smallest`. positive_weight and negative_weight
+    multiply whole responses (polarity level [P]); the cells "low_prob", "high_prob", "low_entropy"
+    and "high_entropy" choose other tokens (token level [P]).
+    """
+    correct, values = correct.bool()[:, None], {"prob": logprobs, "entropy": entropy}
+    (p_side, p_name), (n_side, n_name) = positive_cell.split("_"), negative_cell.split("_")
+    keys = values[p_name]
+    if n_name != p_name:
+        keys = torch.where(correct, keys, values[n_name])
+    signs = [1.0 if side == "low" else -1.0 for side in (p_side, n_side)]
+    keys = keys * torch.where(correct, *signs)  # (B, T): the smallest are chosen
+    chosen = smallest(keys, mask, token_fraction)
     weight = torch.where(correct, positive_weight, negative_weight)
     rho = torch.where(correct, rho_positive, rho_negative)
     return advantages * torch.where(chosen, weight * rho, weight)
 
 
 def aggregate(
-    losses: torch.Tensor,
-    mask: torch.Tensor,
-    loss_agg: str = "token-mean",
-    denominator: float | None = None,
-    max_length: int | None = None,
+    losses: torch.Tensor, mask: torch.Tensor, loss_agg: str = "token-mean",
+    denominator: float | torch.Tensor | None = None, max_length: int | None = None,
 ) -> torch.Tensor:
     """Average token losses (B, T) to a scalar.
 
@@ -334,43 +340,33 @@ def aggregate(
     the *global* batch; with it the parts of any split add up to the same loss and gradient.
     """
     losses, lengths = losses.masked_fill(~mask, 0.0), mask.sum(1)
-    if loss_agg == "token-mean":
-        return losses.sum() / max(denominator or lengths.sum(), 1)
     rows = losses.sum(1)
     if loss_agg == "seq-mean-token-mean":
         rows = rows / lengths.clamp(min=1)
     elif loss_agg == "seq-mean-token-sum-norm":
         rows = rows / (max_length or mask.shape[1])
-    else:
+    elif loss_agg != "token-mean":
         raise ValueError(f"unknown loss_agg {loss_agg!r}")
-    return rows.sum() / max(denominator or len(rows), 1)
+    if denominator is None:
+        denominator = lengths.sum() if loss_agg == "token-mean" else len(rows)
+    return rows.sum() / torch.as_tensor(denominator).clamp(min=1)
 
 
 def policy_loss(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    dual_clip: float = 0.0,
-    rollout_logprobs: torch.Tensor | None = None,
-    tis_cap: float = 2.0,
-    ref_logprobs: torch.Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl_mask: torch.Tensor | None = None,
-    loss_agg: str = "token-mean",
-    denominator: float | None = None,
-    max_length: int | None = None,
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor,
+    mask: torch.Tensor, *, clip_low: float = 0.2, clip_high: float = 0.28, dual_clip: float = 0.0,
+    rollout_logprobs: torch.Tensor | None = None, tis_cap: float = 2.0,
+    ref_logprobs: torch.Tensor | None = None, kl_coef: float = 0.0,
+    kl_mask: torch.Tensor | None = None, loss_agg: str = "token-mean",
+    denominator: float | torch.Tensor | None = None, max_length: int | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The clipped surrogate -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = new / old.
+    """Return the loss, -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = new / old,
+    aggregated (see `aggregate`), and diagnostics: sums over tokens, and max_ratio_deviation.
 
     All tensors (B, T); gradients flow through logprobs only. dual_clip bounds the loss of tokens
     with A < 0. rollout_logprobs (as sampled by the inference engine) weight each token by
     min(old / rollout, tis_cap), truncated importance sampling; ref_logprobs add kl_coef times the
-    k3 estimate exp(d) - d - 1, d = ref - new (on the tokens of kl_mask, if given). Aggregation:
-    see `aggregate`. Returns the loss and diagnostics: sums over tokens, and max_ratio_deviation.
+    k3 estimate exp(d) - d - 1, d = ref - new (on the tokens of kl_mask, if given).
     """
     mask = mask.bool()
     log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0).clamp(-20.0, 20.0)
@@ -402,293 +398,68 @@ def policy_loss(
 # ---- loss: to here ----
 
 
-# ---- model --------------------------------------------------------------------------------------
-
-
-class TokenLogprobs(torch.autograd.Function):
-    """Log-probabilities of the target tokens and entropies of their distributions, in chunks.
-
-    hidden (N, H), weight (V, H), targets (N,) -> logprobs, entropy, proxy: each (N,) in float32.
-    proxy is Lp-Reg's target for the token (no gradient): its log-probability renormalised over
-    the tokens with p > kappa * max p, -inf if it is not one of them (undefined if kappa is 0).
-    Logits exist for `chunk` tokens at a time and are computed again in the backward pass, so no
-    (N, V) tensor is ever kept.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, chunk, kappa):
-        logprobs = torch.empty(len(hidden), device=hidden.device)
-        entropy, normaliser, proxy = (torch.empty_like(logprobs) for _ in range(3))
-        for s in _chunks(len(hidden), chunk):
-            logits = _logits(hidden[s], weight, temperature)
-            sampled = logits.gather(1, targets[s, None])[:, 0]
-            peak = logits.amax(-1)
-            probs = logits.sub_(peak[:, None]).exp()  # not normalised: the sum comes below
-            total = probs.sum(-1)
-            log_total = total.log()
-            normaliser[s] = peak + log_total
-            logprobs[s] = sampled - normaliser[s]
-            # sum of p (log total - logit), as a product of rows that needs no third (chunk, V)
-            entropy[s] = log_total - torch.einsum("nv,nv->n", probs, logits) / total
-            if kappa:  # the largest of probs is 1
-                kept = (probs * (probs > kappa)).sum(-1) / total
-                outside = (sampled - peak).exp() <= kappa
-                proxy[s] = (logprobs[s] - kept.log()).masked_fill(outside, -torch.inf)
-            del logits, probs  # before the next chunk's are made
-        ctx.mark_non_differentiable(proxy)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, targets, normaliser, entropy)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        return logprobs, entropy, proxy
-
-    @staticmethod
-    def backward(ctx, grad_logprobs, grad_entropy, _):
-        hidden, weight, targets, normaliser, entropy = ctx.saved_tensors
-        if grad_logprobs is None:
-            grad_logprobs = torch.zeros_like(normaliser)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for s in _chunks(len(hidden), ctx.chunk):
-            logp = _logits(hidden[s], weight, ctx.temperature).sub_(normaliser[s, None])
-            up = grad_logprobs[s, None]
-            # d logprob / d logit = onehot - p,  d entropy / d logit = -p (log p + entropy)
-            if grad_entropy is None:
-                grad = logp.exp_().mul_(-up)
-            else:
-                up_entropy = grad_entropy[s, None]
-                grad = logp.exp()
-                grad.mul_(logp.mul_(-up_entropy).sub_(up + up_entropy * entropy[s, None]))
-            grad.scatter_add_(1, targets[s, None], up)
-            if ctx.temperature != 1:
-                grad.div_(ctx.temperature)
-            grad = grad.to(hidden.dtype)
-            grad_hidden[s] = grad @ weight
-            if weight.dtype == torch.float32:
-                grad_weight.addmm_(grad.T, hidden[s])  # without a temporary of the weight's size
-            else:
-                grad_weight += grad.T @ hidden[s]
-            del logp, grad
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
-
-
-def _logits(hidden, weight, temperature):
-    logits = (hidden @ weight.T).float()
-    return logits if temperature == 1 else logits.div_(temperature)
-
-
-def _chunks(n: int, size: int):
-    return [slice(i, i + size) for i in range(0, n, size)]
-
-
-class Packing:
-    """Where the sequences (prompt + response) lie in a packed batch of N tokens, in which equal
-    prompts are there once: sequence i is the tokens index[bounds[i] : bounds[i + 1]], and first
-    (N,) is where in index (M,) each token is named first. Computed once per batch; every layer's
-    attention spreads its inputs to whole sequences, all else is done for the N tokens alone."""
-
-    def __init__(self, index: torch.Tensor, first: torch.Tensor, bounds: torch.Tensor):
-        self.index, self.first, self.bounds = index, first, bounds.to(torch.int32)
-        lengths, device = bounds.diff(), bounds.device
-        self.longest = int(lengths.max())
-        positions = torch.arange(len(index), device=device)
-        self.positions = (positions - bounds[:-1].repeat_interleave(lengths))[first]
-        # For devices without a varlen kernel: index grids (sequences, length) of sequences of
-        # similar length, padded on the right, where causal attention needs no mask.
-        self.grids: list[tuple[torch.Tensor, torch.Tensor]] = []
-        if device.type == "cpu":
-            is_first = torch.zeros(len(index), dtype=torch.bool)
-            is_first[first] = True
-            order = lengths.argsort(descending=True)
-            while len(order):
-                longest = lengths[order[0]]
-                group = order[lengths[order] > 0.75 * longest]
-                order = order[len(group) :]
-                t = torch.arange(int(longest))
-                place = (bounds[group, None] + t).clamp(max=len(index) - 1)
-                self.grids.append((index[place], (t < lengths[group, None]) & is_first[place]))
-
-
-def packed_attention(module, query, key, value, attention_mask, scaling=None, packing=None, **_):
-    """Causal attention within each sequence of a packed batch, in the form transformers calls:
-    query (1, heads, N, d), key and value (1, kv_heads, N, d) -> (1, N, heads, d), None."""
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    if not packing.grids:
-        from torch.nn.attention.varlen import varlen_attn
-
-        if len(packing.index) > len(packing.first):  # prompts are shared
-            query, key, value = (x.index_select(0, packing.index) for x in (query, key, value))
-        repeat = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(repeat, 1) for x in (key, value))
-        bounds, longest = packing.bounds, packing.longest
-        out = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling,
-                          window_size=(-1, 0))
-        return out[packing.first][None], None
-    out = torch.empty_like(query)
-    for index, is_first in packing.grids:
-        q, k, v = (x[index].transpose(1, 2) for x in (query, key, value))
-        grid = nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, enable_gqa=True
-        )
-        out[index[is_first]] = grid.transpose(1, 2)[is_first]
-    return out[None], None
-
-
-class Policy(nn.Module):
-    """A causal language model whose forward returns token log-probabilities and entropies. The
-    head is applied here, inside the module that FSDP unshards, to response tokens only."""
-
-    def __init__(self, model: nn.Module, config: Config):
-        super().__init__()
-        self.model, self.config = model, config
-
-    def forward(self, ids, index, first, bounds, prompt_lengths, mask):
-        """ids (N,): prompts and responses, packed without padding, and index, first, bounds: see
-        Packing; prompt_lengths (B,); mask (B, T) of response tokens. Returns log-probs, entropies
-        and Lp-Reg proxies, each (B, T)."""
-        packing = Packing(index, first, bounds)
-        hidden = self.model.get_decoder()(
-            input_ids=ids[None], position_ids=packing.positions[None], use_cache=False,
-            packing=packing,
-        ).last_hidden_state[0]
-        row, t = mask.nonzero(as_tuple=True)
-        position = bounds[row] + prompt_lengths[row] + t
-        hidden = hidden[index[position - 1]]  # the state that predicts token t
-        if torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        weight = self.model.get_output_embeddings().weight.to(hidden.dtype)
-        targets, c = ids[index[position]], self.config
-        outputs = TokenLogprobs.apply(
-            hidden, weight, targets, c.temperature, c.head_chunk, c.proxy_kappa
-        )
-        blank = torch.zeros(mask.shape, device=mask.device)
-        return [blank.masked_scatter(mask, x) for x in outputs]
-
-
-def load_model(config: Config, path: str, device: str) -> nn.Module:
-    """The model in float32: bf16 weights would lose updates of 1e-6. Dropout is off, so that the
-    ratio of an unchanged policy is 1."""
-    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
-
-    AttentionInterface.register("packed", packed_attention)
-    AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation="packed")
-    model = model.to(device).float()
-    if set(getattr(model.config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-        raise UsageError(f"model {path!r}: only layers of full attention are supported")
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise UsageError(f"model {path!r}: an output layer with a bias is not supported")
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    return model.train()
-
-
-def distribute(policy: Policy, parallel: str, device: str) -> nn.Module:
-    """Share the policy among the ranks: FSDP2 shards every layer, DDP replicates. On a GPU the
-    float32 weights are computed with in bfloat16."""
-    if parallel == "fsdp" and (rollout.world_size() > 1 or device != "cpu"):
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        options = {}
-        if device != "cpu":
-            precision = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
-            options = dict(mp_policy=precision)
-        mesh = dist.init_device_mesh(device.partition(":")[0], (rollout.world_size(),))
-        for layer in policy.model.get_decoder().layers:
-            fully_shard(layer, mesh=mesh, **options)
-        return fully_shard(policy, mesh=mesh, **options)
-    if rollout.world_size() > 1:
-        return nn.parallel.DistributedDataParallel(policy)
-    return policy
-
-
-def full_weights(model: nn.Module, dtype: torch.dtype | None = None):
-    """Yield (name, whole tensor) in layer order; every rank must iterate: gathering a shard is a
-    collective. A tied head is not listed."""
-    for name, parameter in model.named_parameters():
-        tensor = parameter.detach()
-        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        yield name, tensor.to(dtype or tensor.dtype)
-
-
 # ---- batches ------------------------------------------------------------------------------------
 
-
-@dataclass
-class Row:
-    """One response as training data; tensors (T,), filled in on the rank that trains on it."""
-
-    prompt_ids: list[int]
-    ids: np.ndarray
-    rollout_logprobs: np.ndarray
-    correct: bool
-    reward: float
-    advantage: float
-    old_logprobs: torch.Tensor | None = None
-    entropy: torch.Tensor | None = None
-    ref_logprobs: torch.Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.ids)
-
-    def is_trained(self, config: Config) -> bool:
-        """Whether the row has a gradient; with advantage 0 only a KL term has one."""
-        weight = config.positive_weight if self.correct else config.negative_weight
-        return bool(self.advantage * weight or (config.kl_coef and not config.proxy_kappa))
+NOTHING = Sample(Prompt(None, [0]), np.empty(0, np.int32), np.empty(0, np.float32), "stop",
+                 grade=Grade(False, None))  # an empty response
 
 
-def collate(rows: list[Row], device: str) -> dict[str, torch.Tensor]:
-    """Pack rows one after the other, a group's prompt only once (see Packing); per-token values
-    come as (B, T), padded on the right. Masks come from lengths, never from token ids."""
-    T = max(len(row.ids) for row in rows)
-    ids, index, begins = [], [], {}
-    for row in rows:
-        begin = begins.setdefault(id(row.prompt_ids), len(ids))
-        if begin == len(ids):
-            ids += row.prompt_ids
-        index += range(begin, begin + len(row.prompt_ids))
-        index += range(len(ids), len(ids) + len(row.ids))
-        ids += row.ids.tolist()
-    lengths = torch.tensor([len(row.ids) for row in rows])
-    batch = dict(
-        ids=torch.tensor(ids),
-        index=torch.tensor(index),
-        first=torch.from_numpy(np.unique(index, return_index=True)[1]),
-        bounds=torch.tensor([0, *(len(row) for row in rows)]).cumsum(0),
-        prompt_lengths=torch.tensor([len(row.prompt_ids) for row in rows]),
-        mask=torch.arange(T) < lengths[:, None],
-        correct=torch.tensor([row.correct for row in rows]),
-        advantage=torch.tensor([row.advantage for row in rows])[:, None].expand(-1, T),
-    )
-    for name in ("rollout_logprobs", "old_logprobs", "entropy", "ref_logprobs"):
-        if getattr(rows[0], name) is not None:
-            batch[name] = torch.zeros(len(rows), T)
-            for i, row in enumerate(rows):
-                batch[name][i, : len(row.ids)] = torch.as_tensor(getattr(row, name))
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+def has_gradient(sample: Sample, config: Config) -> bool:
+    """Return whether a sample's loss has one; with advantage 0 only that of a KL term has."""
+    weight = config.positive_weight if sample.correct else config.negative_weight
+    return bool(sample.advantage * weight or (config.kl_coef and not config.proxy_kappa))
 
 
-def packed_length(rows: list[Row]) -> int:
-    """Tokens of the rows' micro-batch, where equal prompts are there once."""
-    prompts = {id(row.prompt_ids): len(row.prompt_ids) for row in rows}
-    return sum(prompts.values()) + sum(len(row.ids) for row in rows)
+def make_batches(
+    groups: list[list[Sample]], config: Config, step: int, device: str, kernel: str
+) -> list[list[dict]]:
+    """Return this rank's micro-batches of each mini-batch, packed once for score and update.
+    Samples without a gradient are packed apart: batch["trained"] is False. Every rank gets equally
+    many micro-batches, for each forward under FSDP is a collective; surplus ones hold NOTHING.
+    """
+    order = np.random.default_rng([config.seed, step]).permutation(len(groups))
+    mini_batches = []
+    for split in np.array_split(order, config.mini_batches):
+        samples, micro_batches = sum((groups[g] for g in split), []), []
+        for trained in (True, False):
+            chosen = [sample for sample in samples if has_gradient(sample, config) == trained]
+            packs = [pack(share, config.micro_batch_tokens) for share in deal(chosen, world_size())]
+            surplus = max(map(len, packs)) - len(packs[rank()])
+            for mine in packs[rank()] + [[NOTHING]] * surplus:
+                micro_batches.append(collate(mine, device, kernel) | dict(trained=trained))
+        if micro_batches:
+            mini_batches.append(micro_batches)
+    return mini_batches
 
 
-def pack(rows: list[Row], token_budget: int) -> list[list[Row]]:
-    """First-fit decreasing: bins of at most token_budget tokens (a longer row has its own). Rows
-    of one group that fit into a bin stay together and share their prompt."""
-    groups: dict[int, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(id(row.prompt_ids), []).append(row)
+def deal(samples: list[Sample], ranks: int) -> list[list[Sample]]:
+    """Balance the samples' tokens over the ranks, longest first to the least loaded."""
+    shares: list[list[Sample]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for sample in sorted(samples, key=lambda sample: packed_length([sample]), reverse=True):
+        least = loads.index(min(loads))
+        shares[least].append(sample)
+        loads[least] += packed_length([sample])
+    return shares
+
+
+def packed_length(samples: list[Sample]) -> int:
+    """Return the tokens of a batch of these samples, where a prompt that several share is once."""
+    prompts = {id(sample.prompt): len(sample.prompt.ids) for sample in samples}
+    return sum(prompts.values()) + sum(len(sample.ids) for sample in samples)
+
+
+def pack(samples: list[Sample], token_budget: int) -> list[list[Sample]]:
+    """Fill bins of at most token_budget tokens, first-fit decreasing (a longer one has its own).
+    Samples of one group that fit into a bin stay together and share their prompt."""
+    groups: dict[int, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(id(sample.prompt), []).append(sample)
     items = []
     for group in groups.values():
         whole = packed_length(group) <= token_budget
-        items += [group] if whole else [[row] for row in group]
-    bins: list[list[Row]] = []
+        items += [group] if whole else [[sample] for sample in group]
+    bins: list[list[Sample]] = []
     free: list[int] = []
     for item in sorted(items, key=packed_length, reverse=True):
         size = packed_length(item)
@@ -701,672 +472,385 @@ def pack(rows: list[Row], token_budget: int) -> list[list[Row]]:
     return bins
 
 
-def deal(rows: list[Row], ranks: int) -> list[list[Row]]:
-    """Balance the rows' tokens over the ranks, longest first to the least loaded."""
-    shares: list[list[Row]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-    for row in sorted(rows, key=len, reverse=True):
-        least = loads.index(min(loads))
-        shares[least].append(row)
-        loads[least] += len(row)
-    return shares
-
-
-def schedule(shares: list[list[Row]], token_budget: int) -> list[tuple[list[Row], float]]:
-    """This rank's micro-batches, each with weight 1. Every rank knows all shares and gets equally
-    many, since each forward under FSDP is a collective: surplus ones, of one token, weigh 0."""
-    packs = [pack(share, token_budget) for share in shares]
-    mine = [(rows, 1.0) for rows in packs[rollout.rank()]]
-    filler = Row([0], np.zeros(1, np.int32), np.zeros(1, np.float32), False, 0.0, 0.0)
-    filler.old_logprobs = filler.entropy = filler.ref_logprobs = torch.zeros(1)
-    return mine + [([filler], 0.0)] * (max(map(len, packs)) - len(mine))
-
-
-# ---- update -------------------------------------------------------------------------------------
-
-
-@dataclass
-class Knobs:
-    """What the loss needs to know about the step: rho now, and Lp-Reg's and Fork Tokens'
-    thresholds over the whole batch."""
-
-    rho_positive: float = 1.0
-    rho_negative: float = 1.0
-    unlikely: float = -math.inf  # log-probs up to here are Lp-Reg's
-    forking: float = -math.inf  # entropies from here on are forking tokens
-
-
-def run_policy(policy: nn.Module, batch: dict[str, torch.Tensor], config: Config):
-    """policy(batch), in bfloat16 on a GPU where FSDP's own mixed precision does not see to it."""
-    device = batch["ids"].device.type
-    with torch.autocast(device, torch.bfloat16, device != "cpu" and config.parallel == "ddp"):
-        layout = ("ids", "index", "first", "bounds", "prompt_lengths", "mask")
-        return policy(*(batch[name] for name in layout))
-
-
-def remember(rows: list[Row], **values: torch.Tensor) -> None:
-    """Store (B, T) results in the rows they belong to."""
-    for name, tensor in values.items():
-        tensor = tensor.detach().cpu()
-        for i, row in enumerate(rows):
-            setattr(row, name, tensor[i, : len(row.ids)].clone())
+# ---- score and update ---------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def score(policy, reference, shares: list[list[Row]], config: Config, device: str) -> None:
-    """Log-probs and entropies of this rank's rows under the old policy, and log-probs under the
-    reference model (or Lp-Reg's proxy).
+def score(policy, reference, mini_batches: list[list[dict]], config: Config) -> None:
+    """Add to each batch what the policy that sampled says of its tokens, old_logprobs and entropy,
+    ref_logprobs of the reference model (or Lp-Reg's proxy), and the masks of the methods that look
+    at the whole batch: kl_mask (Lp-Reg) and loss_mask (Fork Tokens), all (B, T).
 
-    With one update a step the old policy is the one being trained, so `backward` sees the same
-    numbers, and this pass is skipped unless a method needs them for the whole batch beforehand.
+    With one update a step the policy that sampled is the one being trained, so `update` sees the
+    same numbers, and this pass is skipped unless a method needs them beforehand.
     """
-    old = config.mini_batches > 1 or config.proxy_kappa or config.entropy_fraction < 1
-    if not old and reference is None:
-        return
-    for rows, weight in schedule(shares, config.micro_batch_tokens):
-        batch, results = collate(rows, device), {}
-        if old:
-            logprobs, entropy, proxy = run_policy(policy, batch, config)
-            results = dict(old_logprobs=logprobs, entropy=entropy)
+    batches, needs_batch = sum(mini_batches, []), config.proxy_kappa or config.entropy_fraction < 1
+    for batch in batches:
+        if config.mini_batches > 1 or needs_batch:
+            batch["old_logprobs"], batch["entropy"], proxy = policy(batch)
             if config.proxy_kappa:
-                results["ref_logprobs"] = proxy
+                batch["ref_logprobs"] = proxy
         if reference is not None:
-            results["ref_logprobs"] = run_policy(reference, batch, config)[0]
-        if weight:
-            remember(rows, **results)
+            batch["ref_logprobs"] = reference(batch)[0]
+    if config.proxy_kappa and batches:
+        ascending = sort_all_tokens(batches, "old_logprobs")
+        unlikely = ascending[math.ceil(config.proxy_delta * len(ascending)) - 1]
+        for batch in batches:
+            batch["kl_mask"] = (batch["old_logprobs"] <= unlikely) & (batch["advantage"] < 0)
+            batch["kl_mask"] &= batch["ref_logprobs"].isfinite()
+    if config.entropy_fraction < 1 and batches:
+        ascending = sort_all_tokens(batches, "entropy")
+        forking = ascending[-max(1, int(config.entropy_fraction * len(ascending)))]
+        for batch in batches:
+            batch["loss_mask"] = batch["mask"] & (batch["entropy"] >= forking)
 
 
-def set_knobs(rows: list[Row], config: Config, step: int) -> Knobs:
-    """rows: this rank's, scored."""
+def sort_all_tokens(batches: list[dict], name: str) -> torch.Tensor:
+    """Return a value of all response tokens of the step on all ranks, sorted. Lengths are known on
+    the host: nothing is read from the device."""
+    values = torch.cat([batch[name].flatten()[batch["places"]] for batch in batches])
+    lengths = rollout.gather([len(values)])
+    if len(lengths) > 1:
+        values = nn.functional.pad(values, (0, max(lengths) - len(values)), value=torch.inf)
+        parts = [torch.empty_like(values) for _ in lengths]
+        dist.all_gather(parts, values)
+        values = torch.cat(parts)
+    return values.sort().values[: sum(lengths)]
+
+
+def rho_at(step: int, config: Config) -> dict[str, float]:
+    """Return A3PO's weights at a 0-based training step."""
     when = (step, config.decay_rate, config.decay)
-    knobs = Knobs(decayed_rho(config.rho_positive, *when), decayed_rho(config.rho_negative, *when))
-
-    def over_the_batch(name: str) -> torch.Tensor:
-        """A token value of all rows on all ranks, sorted."""
-        values = rollout.gather([getattr(row, name) for row in rows]) or [torch.zeros(1)]
-        return torch.cat(values).sort().values
-
-    if config.proxy_kappa:
-        values = over_the_batch("old_logprobs")
-        knobs.unlikely = values[math.ceil(config.proxy_delta * len(values)) - 1].item()
-    if config.entropy_fraction < 1:
-        values = over_the_batch("entropy")
-        knobs.forking = values[-max(1, int(config.entropy_fraction * len(values)))].item()
-    return knobs
+    return dict(rho_positive=decayed_rho(config.rho_positive, *when),
+                rho_negative=decayed_rho(config.rho_negative, *when))
 
 
-def denominator(shares: list[list[Row]], config: Config, knobs: Knobs) -> float:
-    """Of the whole mini-batch's loss: its tokens (token-mean), of which only forking ones count,
-    or its responses. Rows without a gradient, dead groups among them, count too."""
-    if config.loss_agg != "token-mean":
-        return sum(map(len, shares))
-    if config.entropy_fraction == 1:
-        return sum(len(row.ids) for share in shares for row in share)
-    mine = sum((row.entropy >= knobs.forking).sum().item() for row in shares[rollout.rank()])
-    return all_reduce(dict(tokens=mine))["tokens"]
+def update(policy, optimizer, mini_batches: list[list[dict]], config: Config, rho: dict) -> dict:
+    """Take one optimiser step per mini-batch; return diagnostics, most of them means over tokens.
 
-
-def micro_batch_loss(policy, rows: list[Row], config: Config, knobs: Knobs, device: str, **scale):
-    """The loss and diagnostics (sums over tokens) of one micro-batch."""
-    batch = collate(rows, device)
-    logprobs, entropy, _ = run_policy(policy, batch, config)
-    if "old_logprobs" not in batch:  # on-policy: score() left it to us
-        batch |= dict(old_logprobs=logprobs.detach(), entropy=entropy.detach())
-        remember(rows, old_logprobs=logprobs, entropy=entropy)
-    old_logprobs, mask = batch["old_logprobs"], batch["mask"]
-    advantages = shape_advantages(
-        batch["advantage"], batch["correct"], old_logprobs, mask, entropy=batch["entropy"],
-        rho_positive=knobs.rho_positive, rho_negative=knobs.rho_negative,
-        positive_cell=config.positive_cell, negative_cell=config.negative_cell,
-        token_fraction=config.token_fraction, positive_weight=config.positive_weight,
-        negative_weight=config.negative_weight,
-    )
-    kl_mask = None
-    if config.proxy_kappa:
-        kl_mask = (old_logprobs <= knobs.unlikely) & (advantages < 0)
-        kl_mask &= batch["ref_logprobs"].isfinite()
-    if config.entropy_fraction < 1:
-        mask = mask & (batch["entropy"] >= knobs.forking)
-    loss, stats = policy_loss(
-        logprobs, old_logprobs, advantages, mask, clip_low=config.clip_low,
-        clip_high=config.clip_high, dual_clip=config.dual_clip,
-        rollout_logprobs=batch["rollout_logprobs"], tis_cap=config.tis_cap,
-        ref_logprobs=batch.get("ref_logprobs"), kl_coef=config.kl_coef, kl_mask=kl_mask,
-        loss_agg=config.loss_agg, max_length=config.max_response_length, **scale,
-    )
-    return loss, stats | dict(loss=loss.detach(), tokens=mask.sum())
-
-
-def backward(
-    policy: nn.Module, shares: list[list[Row]], config: Config, knobs: Knobs, device: str
-) -> dict[str, float]:
-    """Accumulate the gradient of one mini-batch, of which this rank works on its share.
-
-    The loss is divided by the token (or response) count of the whole mini-batch, the same on every
-    rank; so the gradient is the same for any micro-batch split and any number of ranks.
+    The loss is divided by the token (or response) count of the whole mini-batch over all ranks, so
+    the gradient is the same for any split into micro-batches and any number of ranks.
     """
-    scale = dict(denominator=denominator(shares, config, knobs))
-    shares = [[row for row in share if row.is_trained(config)] for share in shares]
-    sums: dict[str, torch.Tensor] = {}
-    for rows, weight in schedule(shares, config.micro_batch_tokens) if any(shares) else ():
-        loss, stats = micro_batch_loss(policy, rows, config, knobs, device, **scale)
-        # FSDP and DDP average gradients over ranks; we want their sum
-        (loss * weight * rollout.world_size()).backward()
-        accumulate(sums, {key: value * weight for key, value in stats.items()})
-    return {key: float(value) for key, value in sums.items()}
-
-
-def accumulate(sums: dict, more: dict) -> None:
-    """Add `more` to `sums`; of keys that start with max_ keep the larger."""
-    for key, value in more.items():
-        old = sums.get(key, 0.0)
-        sums[key] = value + old if key[:4] != "max_" else max(old, value)
-
-
-def update(policy, optimizer, mini_batches, config: Config, knobs: Knobs, device: str):
-    """One optimiser step per mini-batch (a list of shares, one per rank); returns diagnostics."""
-    totals: dict[str, float] = {}
-    norms, first_deviation, skipped = [], 0.0, 0
-    for i, shares in enumerate(mini_batches):
-        sums = all_reduce(backward(policy, shares, config, knobs, device))
-        if not sums:
+    c, history = config, []
+    for micro_batches in mini_batches:
+        denominator, sums = count(micro_batches, c.loss_agg), {}
+        for batch in micro_batches:
+            if not batch["trained"]:
+                continue
+            logprobs, entropy, _ = policy(batch)  # (B, T)
+            if "old_logprobs" not in batch:  # one update a step: this is the policy that sampled
+                batch |= dict(old_logprobs=logprobs.detach(), entropy=entropy.detach())
+            advantages = shape_advantages(
+                batch["advantage"], batch["correct"], batch["old_logprobs"], batch["mask"],
+                token_fraction=c.token_fraction, positive_weight=c.positive_weight,
+                negative_weight=c.negative_weight, positive_cell=c.positive_cell,
+                negative_cell=c.negative_cell, entropy=batch["entropy"], **rho,
+            )  # (B, T)
+            loss, stats = policy_loss(
+                logprobs, batch["old_logprobs"], advantages, batch["loss_mask"],
+                clip_low=c.clip_low, clip_high=c.clip_high, dual_clip=c.dual_clip,
+                rollout_logprobs=batch["rollout_logprobs"], tis_cap=c.tis_cap,
+                ref_logprobs=batch.get("ref_logprobs"), kl_coef=c.kl_coef,
+                kl_mask=batch.get("kl_mask"), loss_agg=c.loss_agg, denominator=denominator,
+                max_length=c.max_response_length,
+            )
+            (loss * world_size()).backward()  # FSDP and DDP average over ranks; we want the sum
+            add(sums, stats | dict(loss=loss.detach(), tokens=batch["loss_mask"].sum()))
+        if not sums:  # nothing to learn from here, on any rank
             continue
-        norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-        if math.isfinite(norm):  # the norm is global, so all ranks agree
+        norm = nn.utils.clip_grad_norm_(policy.parameters(), c.max_grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        sums = read(sums | dict(max_grad_norm=norm))
+        if math.isfinite(sums["max_grad_norm"]):  # the norm is global, so all ranks agree
             optimizer.step()
-            norms.append(norm)
-        else:
-            skipped += 1
         optimizer.zero_grad()
-        if i == 0:  # the policy is still the old one: anything but ~0 is a bug
-            first_deviation = sums["max_ratio_deviation"]
-        accumulate(totals, sums)
-    tokens = max(totals.pop("tokens", 0.0), 1.0)
-    loss, ratio_max = totals.pop("loss", 0.0), totals.pop("max_ratio_deviation", 0.0)
-    return {key: value / tokens for key, value in totals.items()} | dict(
-        loss=loss / max(len(mini_batches), 1),
-        ratio_max=ratio_max,
-        ratio_max_deviation=first_deviation,
+        history.append(sums)
+    return diagnose(history, len(mini_batches))
+
+
+def count(micro_batches: list[dict], loss_agg: str) -> torch.Tensor:
+    """Return the denominator of a mini-batch's loss: its tokens (token-mean) or its responses, on
+    all ranks. Samples without a gradient, dead groups among them, count too."""
+    if loss_agg == "token-mean":
+        n = sum(batch["loss_mask"].sum() for batch in micro_batches)
+    else:
+        n = sum(batch["mask"].any(1).sum() for batch in micro_batches)
+    if world_size() > 1:
+        dist.all_reduce(n)
+    return n
+
+
+def add(sums: dict[str, torch.Tensor], more: dict[str, torch.Tensor]) -> None:
+    """Add `more` to `sums`; of names that start with max_ keep the larger."""
+    for name, value in more.items():
+        combine = torch.maximum if name.startswith("max_") else torch.add
+        sums[name] = combine(sums[name], value) if name in sums else value
+
+
+def read(sums: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Combine scalars of all ranks as `add` does, and read them from the device: at once, for each
+    read waits for it. All ranks have the same names."""
+    largest = [name for name in sums if name.startswith("max_")]
+    names = largest + [name for name in sums if name not in largest]
+    values = torch.stack([sums[name].double() for name in names])
+    if world_size() > 1:
+        dist.all_reduce(values[: len(largest)], dist.ReduceOp.MAX)
+        dist.all_reduce(values[len(largest) :], dist.ReduceOp.SUM)
+    return dict(zip(names, values.tolist(), strict=True))
+
+
+def diagnose(history: list[dict[str, float]], mini_batches: int) -> dict[str, float]:
+    """Return a step's metrics from the statistics of its updates."""
+    tokens = max(sum(sums["tokens"] for sums in history), 1.0)
+    norms = [x["max_grad_norm"] for x in history if math.isfinite(x["max_grad_norm"])]
+    deviations = [sums["max_ratio_deviation"] for sums in history]
+    metrics = {}
+    for name in history[0] if history else ():
+        if name not in ("loss", "tokens", "max_grad_norm", "max_ratio_deviation"):
+            metrics[name] = sum(sums[name] for sums in history) / tokens
+    return metrics | dict(
+        loss=sum(sums["loss"] for sums in history) / max(mini_batches, 1),
+        ratio_max=max(deviations, default=0.0),
+        # of the first update, where the policy is still the old one: anything but ~0 is a bug
+        ratio_max_deviation=deviations[0] if deviations else 0.0,
         grad_norm=sum(norms) / max(len(norms), 1),
         updates=len(norms),
-        skipped_updates=skipped,
+        skipped_updates=len(history) - len(norms),
     )
 
 
-def all_reduce(sums: dict[str, float]) -> dict[str, float]:
-    """Sum over ranks; of keys that start with max_ the maximum. All ranks have the same keys."""
-    if not sums or rollout.world_size() == 1:
-        return sums
-    for op, chosen in ((dist.ReduceOp.SUM, False), (dist.ReduceOp.MAX, True)):
-        keys = [key for key in sums if (key[:4] == "max_") == chosen]
-        values = torch.tensor([sums[key] for key in keys], dtype=torch.float64)
-        dist.all_reduce(values, op)
-        sums |= dict(zip(keys, values.tolist(), strict=True))
-    return sums
+# ---- sampling and metrics -----------------------------------------------------------------------
 
 
-# ---- rollouts -----------------------------------------------------------------------------------
-
-
-@dataclass
-class Verdict:
-    """What a reward function said, in the form of a verify.Grade."""
-
-    reward: float
-    correct: bool | None
-    extracted: str | None = None
-    status: str = "ok"
-
-
-class RewardFunction:
-    """--reward module:function in place of the graders. function(response, problem) gets the text
-    and a rollout.Problem and returns a reward, or (reward, correct); without the flag, polarity is
-    the sign of the advantage. The module is found from the working directory."""
-
-    def __init__(self, name: str):
-        module, _, function = name.partition(":")
-        sys.path.insert(0, os.getcwd())
-        try:
-            self.function = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UsageError(f"--reward {name!r}: expected module:function ({error})") from None
-
-    def submit(self, kind: str, response: str, problem: rollout.Problem) -> Future:
-        result, future = self.function(response, problem), Future()
-        reward, correct = result if isinstance(result, tuple) else (result, None)
-        future.set_result(Verdict(float(reward), correct))
-        return future
-
-
-def collect(engine, tokenizer, graders, sampler, config: Config, seconds: dict[str, float]):
-    """Sample until prompts_per_step groups carry a signal (dynamic sampling), at most max_refills
-    times more. Returns the groups to train on and all that were drawn, each a (prompt, samples)."""
-    kept, drawn = [], []
-    for attempt in range(1 + (config.max_refills if config.dynamic_sampling else 0)):
-        missing = config.prompts_per_step - len(kept)
+def sample_groups(engine, tokenizer, judge, sampler, config: Config, seconds: dict[str, float]):
+    """Sample until prompts_per_step groups carry a signal (dynamic sampling), refilling at most
+    max_refills times; return the groups to train on and all that were drawn."""
+    c, groups, drawn = config, [], []
+    for attempt in range(1 + (c.max_refills if c.dynamic_sampling else 0)):
+        missing = c.prompts_per_step - len(groups)
         if not missing:
             break
         draws = sampler.next(missing)
-        prompts = [prompt for _, prompt in draws]
-        groups = rollout.sample(
-            engine, tokenizer, graders, prompts, config.group_size,
-            [rollout.request_seed("train", config.seed, draw) for draw, _ in draws],
-            max_tokens=config.max_response_length, temperature=config.temperature,
-            progress=f"rollouts (refill {attempt})" if attempt else "rollouts", seconds=seconds,
+        mine = rollout.sample(
+            engine, tokenizer, judge, [prompt for _, prompt in draws], c.group_size,
+            [rollout.request_seed("train", c.seed, draw) for draw, _ in draws],
+            max_tokens=c.max_response_length, temperature=c.temperature, seconds=seconds,
+            progress=f"rollouts (refill {attempt})" if attempt else "rollouts",
         )
-        groups = list(zip(prompts, groups, strict=True))
-        drawn += groups
-        kept += [g for g in groups if not config.dynamic_sampling or is_live(g[1])]
-    return kept, drawn
+        found = dict(rollout.gather(list(mine)))
+        new = [found[i] for i in range(missing)]
+        groups += [group for group in new if is_live(group) or not c.dynamic_sampling]
+        drawn += new
+    return groups, drawn
 
 
-def is_live(samples: list) -> bool:
-    """Whether the group's rewards differ: else its advantages are all 0."""
-    return len({sample.reward for sample in samples}) > 1
+def is_live(group: list[Sample]) -> bool:
+    """Return whether the group's rewards differ: else its advantages are all 0."""
+    return len({sample.reward for sample in group}) > 1
 
 
-def rewards_of(groups, config: Config) -> torch.Tensor:
-    """The rewards of all samples in order, with the overlong penalty."""
-    samples = [sample for _, group in groups for sample in group]
+def rewards_of(groups: list[list[Sample]], config: Config) -> torch.Tensor:
+    """Return the rewards of all samples in order, with the overlong penalty."""
+    samples = sum(groups, [])
     rewards = torch.tensor([sample.reward for sample in samples])
     if config.overlong_buffer:
-        lengths = torch.tensor([len(sample.response.ids) for sample in samples])
+        lengths = torch.tensor([len(sample.ids) for sample in samples])
         rewards += overlong_penalty(lengths, config.max_response_length, config.overlong_buffer)
     return rewards
 
 
-def make_rows(groups, config: Config) -> list[list[Row]]:
-    """Advantages, and one row per response, by group."""
+def set_advantages(groups: list[list[Sample]], config: Config) -> None:
+    """Give each sample its advantage: its reward against its group's, or +1 / -1 ("raw")."""
     if not groups:
-        return []
-    samples = [sample for _, group in groups for sample in group]
-    rewards = rewards_of(groups, config)
+        return
+    samples = sum(groups, [])
     if config.advantage == "raw":
-        flags = torch.tensor([bool(sample.grade.correct) for sample in samples])
-        advantages = torch.where(flags, 1.0, -1.0)
+        advantages = [1.0 if sample.grade.correct else -1.0 for sample in samples]
     else:
-        advantages = group_advantages(rewards, config.group_size, config.norm_std)
-    prompts = [prompt for prompt, group in groups for _ in group]
-    rows = []
-    for prompt, s, reward, advantage in zip(
-        prompts, samples, rewards.tolist(), advantages.tolist(), strict=True
-    ):
-        correct = s.grade.correct
-        if correct is None:  # a reward function without a flag: the advantage's sign decides
-            correct = advantage > 0
-        rows.append(
-            Row(prompt.ids, s.response.ids, s.response.logprobs, correct, reward, advantage)
-        )
-    return [rows[i : i + config.group_size] for i in range(0, len(rows), config.group_size)]
+        rewards = rewards_of(groups, config)
+        advantages = group_advantages(rewards, config.group_size, config.norm_std).tolist()
+    for sample, advantage in zip(samples, advantages, strict=True):
+        sample.advantage = advantage
 
 
-def rollout_metrics(groups, config: Config) -> dict[str, float]:
-    """What was sampled, dead groups included."""
-    samples = [sample for _, group in groups for sample in group]
-    lengths = np.array([len(s.response.ids) for s in samples])
+def rollout_metrics(groups: list[list[Sample]], config: Config) -> dict[str, float]:
+    """Describe what was sampled, dead groups included."""
+    samples = sum(groups, [])
+    lengths = np.array([len(s.ids) for s in samples])
     correct = np.array([bool(s.grade.correct) for s in samples])
-    live = [is_live(group) for _, group in groups]
-    solved = [all(s.grade.correct for s in group) for _, group in groups]
+    statuses = [s.grade.status for s in samples]
     return dict(
         reward=rewards_of(groups, config).double().mean().item(),
         accuracy=correct.mean(),
         response_length=lengths.mean(),
-        response_length_positive=_mean(lengths[correct]),
-        response_length_negative=_mean(lengths[~correct]),
-        truncated=np.mean([s.response.finish_reason == "length" for s in samples]),
-        no_answer=np.mean([s.grade.status == "no_answer" for s in samples]),
-        **{f"grader_{status}": sum(s.grade.status == status for s in samples)
-           for status in ("timeout", "error", "bad_reference")},
+        response_length_positive=lengths[correct].mean() if correct.any() else 0.0,
+        response_length_negative=lengths[~correct].mean() if not correct.all() else 0.0,
+        truncated=np.mean([s.finish_reason == "length" for s in samples]),
+        no_answer=statuses.count("no_answer") / len(samples),
+        **{f"grader_{x}": statuses.count(x) for x in ("timeout", "error", "bad_reference")},
         groups_drawn=len(groups),
-        dead_groups=1 - np.mean(live),
-        dead_all_correct=np.mean(solved),
+        dead_groups=1 - np.mean([is_live(group) for group in groups]),
+        dead_all_correct=correct.reshape(len(groups), -1).all(1).mean(),
         rollout_tokens=int(lengths.sum()),
     )
 
 
-def row_metrics(shares: list[list[Row]]) -> dict[str, float]:
-    """Entropy (nats) by polarity and the mismatch |log p_vLLM - log p_trainer| of the rows that
-    are trained on, over all ranks."""
-    sums = dict.fromkeys(("n_pos", "n_neg", "h_pos", "h_neg", "gap", "max_gap"), 0.0)
-    for row in shares[rollout.rank()]:
-        if row.old_logprobs is None:  # without a gradient, in an on-policy step
+def token_metrics(mini_batches: list[list[dict]]) -> dict[str, float]:
+    """Return the entropy (nats) by polarity and the mismatch |log p_vLLM - log p_trainer| of the
+    tokens that the policy has scored, over all ranks."""
+    zero = torch.zeros((), dtype=torch.float64)
+    sums = dict.fromkeys(("n_pos", "n_neg", "entropy_pos", "entropy_neg", "gap", "max_gap"), zero)
+    for batch in sum(mini_batches, []):
+        if "old_logprobs" not in batch:  # without a gradient, in an on-policy step
             continue
-        sign = "pos" if row.correct else "neg"
-        sums[f"n_{sign}"] += len(row.ids)
-        sums[f"h_{sign}"] += row.entropy.sum().item()
-        gap = (row.old_logprobs - torch.from_numpy(row.rollout_logprobs)).abs()
-        sums["gap"] += gap.sum().item()
-        sums["max_gap"] = max(sums["max_gap"], gap.max().item())
-    sums = all_reduce(sums)
-    n_pos, n_neg = max(sums["n_pos"], 1), max(sums["n_neg"], 1)
-    n = max(sums["n_pos"] + sums["n_neg"], 1)
+        positive = batch["mask"] & batch["correct"][:, None]
+        negative = batch["mask"] & ~batch["correct"][:, None]
+        gap = (batch["old_logprobs"] - batch["rollout_logprobs"]).abs()  # 0 in the padding
+        add(sums, dict(
+            n_pos=positive.sum(), entropy_pos=(batch["entropy"] * positive).sum(),
+            n_neg=negative.sum(), entropy_neg=(batch["entropy"] * negative).sum(),
+            gap=gap.sum(), max_gap=gap.max(),
+        ))  # fmt: skip
+    x = read(sums)
+    n = max(x["n_pos"] + x["n_neg"], 1)
     return dict(
-        entropy=(sums["h_pos"] + sums["h_neg"]) / n,
-        entropy_positive=sums["h_pos"] / n_pos,
-        entropy_negative=sums["h_neg"] / n_neg,
-        mismatch_mean=sums["gap"] / n,
-        mismatch_max=sums["max_gap"],
+        entropy=(x["entropy_pos"] + x["entropy_neg"]) / n,
+        entropy_positive=x["entropy_pos"] / max(x["n_pos"], 1),
+        entropy_negative=x["entropy_neg"] / max(x["n_neg"], 1),
+        mismatch_mean=x["gap"] / n,
+        mismatch_max=x["max_gap"],
     )
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else 0.0
-
-
-# ---- checkpoints --------------------------------------------------------------------------------
-
-
-def save_checkpoint(
-    folder: Path, step: int, cursor: int, policy, model, optimizer, tokenizer, device: str
-) -> None:
-    """Write checkpoints/step_N: a save_pretrained folder, and in resume/ what training goes on
-    from (float32 weights, optimiser state, data cursor), sharded over the ranks. The folder gets
-    its name only when it is complete; resume/ of older checkpoints is then deleted."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
-    final, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
-    if rollout.rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    weights = {}
-    for name, tensor in full_weights(model, dtype):
-        if rollout.rank() == 0:
-            weights[name] = tensor.cpu()
-    if rollout.rank() == 0:
-        model.config.dtype = dtype
-        model.save_pretrained(partial, state_dict=weights)
-        tokenizer.save_pretrained(partial)
-    del weights
-    model_state, optimizer_state = get_state_dict(policy, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.save(state, checkpoint_id=partial / "resume")
-    if rollout.rank() == 0:
-        (partial / "resume" / "step.json").write_text(json.dumps(dict(step=step, cursor=cursor)))
-        os.sync()
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for other in folder.glob("step_*"):
-            if other != final:
-                shutil.rmtree(other / "resume", ignore_errors=True)
-    dist.barrier()
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    found = [path.parent.parent for path in folder.glob("step_*/resume/step.json")]
-    return max(found, key=lambda path: int(path.name.partition("_")[2]), default=None)
-
-
-def load_checkpoint(checkpoint: Path, policy, optimizer) -> tuple[int, int]:
-    """Restore weights and optimiser, for any number of ranks; returns (step, data cursor)."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-    model_state, optimizer_state = get_state_dict(policy, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=checkpoint / "resume")
-    set_state_dict(
-        policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-    )
-    at = json.loads((checkpoint / "resume" / "step.json").read_text())
-    return at["step"], at["cursor"]
-
-
-# ---- run folder ---------------------------------------------------------------------------------
-
-
-class RunFolder:
-    """config.json, metrics.jsonl, rollouts.jsonl, summary.md and curves.png of one run; rank 0
-    writes. Going on from step `start` drops the lines that will be written again."""
-
-    def __init__(self, config: Config, start: int):
-        self.path = Path(config.output_dir)
-        self.started, self.printed, self.lines = time.time(), 0.0, 0
-        self.evals: list[dict] = []
-        if rollout.rank() != 0:
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        about = dataclasses.asdict(config) | dict(environment=evaluation.environment())
-        (self.path / "config.json").write_text(json.dumps(about, indent=1) + "\n")
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
-            records = [r for r in evaluation.read_records(self.path / name) if r["step"] < start]
-            lines = [json.dumps(record) + "\n" for record in records]
-            (self.path / f".{name}").write_text("".join(lines))
-            (self.path / f".{name}").rename(self.path / name)
-            self.evals += [record for record in records if "eval_accuracy" in record]
-
-    def append(self, name: str, record: dict) -> None:
-        if rollout.rank() == 0:
-            with (self.path / name).open("a") as file:
-                file.write(json.dumps(record, default=_plain) + "\n")
-
-    def log_step(self, metrics: dict) -> None:
-        """Append the step's metrics; a console line at most every two seconds."""
-        self.append("metrics.jsonl", metrics)
-        if time.time() - self.printed < 2:
-            return
-        if self.lines % 20 == 0:
-            say(f"{'step':>6}" + "".join(f"{name:>10}" for name, _, _ in CONSOLE))
-        say(f"{metrics['step']:6d}" + "".join(f"{metrics[k]:>10{form}}" for _, k, form in CONSOLE))
-        self.printed, self.lines = time.time(), self.lines + 1
-
-    def log_eval(self, step: int, metrics: dict) -> None:
-        record = dict(step=step) | {f"eval_{key}": value for key, value in metrics.items()}
-        self.evals.append(record)
-        self.append("metrics.jsonl", record)
-        say(f"{step:6d}  held-out accuracy {metrics['accuracy']:.3f} "
-            f"+- {metrics['accuracy_stderr']:.3f}, length {metrics['length']:.1f}")
-
-    def log_rollouts(self, step: int, groups, count: int) -> None:
-        """The first response of `count` of the step's groups, as text."""
-        for prompt, samples in groups[:count]:
-            s, problem = samples[0], prompt.problem
-            record = dict(step=step, id=problem.id, problem=problem.text, response=s.text)
-            record |= dict(reference=problem.reference, extracted=s.grade.extracted)
-            record |= dict(correct=s.grade.correct, status=s.grade.status, reward=s.reward)
-            record |= dict(length=len(s.response.ids), finish_reason=s.response.finish_reason)
-            self.append("rollouts.jsonl", record)
-
-    def finish(self) -> None:
-        """Draw the curves; print and write the before/after table."""
-        if rollout.rank() != 0:
-            return
-        evaluation.plot_run(self.path)
-        table = evaluation.before_after(self.evals)
-        (self.path / "summary.md").write_text(table + "\n")
-        say(f"\n{table}\n\ntrained for {time.time() - self.started:.0f} s; everything is in "
-            f"{self.path}/ (curves.png is the picture)")
-
-
-def _plain(value):
-    """NumPy numbers as numbers, anything else as text."""
-    return value.item() if hasattr(value, "item") else str(value)
-
-
-CONSOLE = (  # heading, metric, format
-    ("reward", "reward", ".3f"), ("entropy", "entropy", ".3f"),
-    ("length", "response_length", ".1f"), ("rho", "rho_positive", ".3f"),
-    ("ratio max", "ratio_max", ".3f"),
-    ("mismatch", "mismatch_mean", ".1e"), ("dead", "dead_groups", ".2f"),
-    ("grad norm", "grad_norm", ".3f"), ("tokens/s", "tokens_per_second", ".0f"),
-    ("seconds", "seconds", ".2f"),
-)
-
-
-def show_example(prompt, sample, tokenizer) -> None:
-    """One decoded response with its mask, to see the template and where the loss applies."""
-    ids, grade = sample.response.ids.tolist(), sample.grade
-    say(f"--- one example: {len(prompt.ids)} prompt tokens (mask 0), {len(ids)} response tokens "
-        f"(mask 1), finish reason {sample.response.finish_reason}\n"
-        f"[0] {tokenizer.decode(prompt.ids)!r}\n[1] {tokenizer.decode(ids)!r}\n"
-        f"    extracted {grade.extracted!r}, reference {prompt.problem.reference!r}: "
-        f"{'correct' if grade.correct else 'incorrect'} ({grade.status})\n---")
 
 
 # ---- training -----------------------------------------------------------------------------------
 
 
-def build(config: Config, device: str):
-    """Policy, its inner model, the frozen reference (with KL only) and the optimiser."""
-    model = load_model(config, config.model, device)
-    policy = distribute(Policy(model, config), config.parallel, device)
+def load_inputs(config: Config):
+    """Return tokenizer, prompt sampler and held-out prompts; bad input is refused here."""
+    c = config
+    tokenizer, model_config = rollout.load_tokenizer(
+        c.model, c.max_prompt_length, c.max_response_length
+    )
+    if any(getattr(model_config, k, None) for k in ("final_logit_softcapping", "logit_scale")):
+        raise UsageError(f"model {c.model!r} rescales its logits, which Policy does not do")
+    problems = rollout.load_problems(c.data, needs_answer=not c.reward)
+    prompts = rollout.encode_prompts(problems, tokenizer, c.template, c.max_prompt_length)
+    held_out = []
+    for source in filter(None, c.eval_data.split(",")):
+        problems = rollout.load_problems(source, "test")
+        held_out += rollout.encode_prompts(problems, tokenizer, c.template, c.max_prompt_length)
+    sampler = rollout.PromptSampler(prompts, c.seed)
+    return tokenizer, sampler, held_out[: c.eval_limit or None]
+
+
+def build(config: Config, device: str, kernel: str, precision: torch.dtype | None):
+    """Return policy, its inner model, the frozen reference (with KL only) and the optimiser. The
+    weights are float32, computed with in `precision`."""
+    c = config
+    head = dict(temperature=c.temperature, head_chunk=c.head_chunk, proxy_kappa=c.proxy_kappa,
+                autocast=precision if c.parallel == "ddp" else None)
+    model = load_model(c.model, device, kernel, c.gradient_checkpointing)
+    policy = distribute(Policy(model, **head), c.parallel, device, precision)
     reference = None
-    if config.kl_coef and not config.proxy_kappa:
-        frozen = load_model(config, config.model, device).requires_grad_(False)
-        reference = Policy(frozen, config)
-        # DDP refuses a model without gradients, and needs none: every rank has a copy
-        if config.parallel == "fsdp":
-            reference = distribute(reference, "fsdp", device)
+    if c.kl_coef and not c.proxy_kappa:
+        frozen = load_model(c.model, device, kernel).requires_grad_(False)
+        reference = Policy(frozen, **head)
+        if c.parallel == "fsdp":  # DDP refuses a model without gradients, and needs none
+            reference = distribute(reference, "fsdp", device, precision)
     optimizer = torch.optim.AdamW(
-        policy.parameters(), config.lr, (0.9, config.adam_beta2), weight_decay=config.weight_decay
+        policy.parameters(), c.lr, (0.9, c.adam_beta2), weight_decay=c.weight_decay
     )
     return policy, model, reference, optimizer
 
 
-def prepare(config: Config, groups, step: int) -> list[list[list[Row]]]:
-    """Rows of the kept groups, split by prompts into mini-batches, each dealt to the ranks."""
-    rows = make_rows(groups, config)
-    order = np.random.default_rng([config.seed, step]).permutation(len(rows))
-    splits = [split for split in np.array_split(order, config.mini_batches) if len(split)]
-    return [deal([row for g in split for row in rows[g]], rollout.world_size()) for split in splits]
+def is_due(step: int, every: int, last: int) -> bool:
+    """Return whether a thing is due that is done at 0, the last and every `every` steps (0: no)."""
+    return step in (0, last) or (every > 0 and step % every == 0)
 
 
-def load_inputs(config: Config):
-    """Tokenizer, prompt sampler and held-out prompts; bad input is refused here."""
-    tokenizer, model_config = rollout.load_tokenizer(
-        config.model, config.max_prompt_length, config.max_response_length
+def set_lr(optimizer, step: int, config: Config) -> float:
+    """Set and return the learning rate of a 0-based step: warm-up is linear."""
+    lr = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def train(config: Config) -> None:
+    """Sample, score, update and sync, config.steps times."""
+    check_config(config)
+    run = evaluation.RunFolder(dataclasses.asdict(config))
+    tokenizer, sampler, held_out = load_inputs(config)
+    judge = rollout.judge_by_function(config.reward) if config.reward else None
+    device = rollout.init_distributed()
+    kernel, precision = ("grids", None) if device == "cpu" else ("varlen", torch.bfloat16)
+    policy, model, reference, optimizer = build(config, device, kernel, precision)
+    checkpoints = Checkpoints(run.checkpoints, policy, model, optimizer, tokenizer,
+                              dtype=precision or torch.float32)
+    start, sampler.cursor = checkpoints.resume() if config.resume else (0, 0)
+    engine = rollout.Engine(
+        config.model, tokenizer, max_num_seqs=config.max_num_seqs, gpu_memory=config.gpu_memory,
+        max_model_len=config.max_prompt_length + config.max_response_length, seed=config.seed,
     )
-    if any(getattr(model_config, k, None) for k in ("final_logit_softcapping", "logit_scale")):
-        raise UsageError(f"model {config.model!r} rescales its logits, which Policy does not do")
+    if start:
+        engine.load_weights(full_weights(model))
+    run.open(start)
 
-    def encode(problems: list[rollout.Problem]) -> list[rollout.Prompt]:
-        return rollout.encode_prompts(
-            problems, tokenizer, config.template, config.max_prompt_length
-        )
+    progress = tqdm(range(start, config.steps + 1), "training", config.steps, initial=start,
+                    leave=False, disable=None if rank() == 0 else True)
+    with Graders(timeout=config.grade_timeout) as graders, progress:
+        rules = rollout.judge_by_rules(graders)
+        for step in progress:
+            if held_out and is_due(step, config.eval_every, config.steps):
+                run.log_eval(step, run_eval(engine, tokenizer, rules, held_out, config))
+            if step == config.steps:
+                break
+            seconds: dict[str, float] = {}
+            # Sample: group_size graded responses to each prompt, and from their rewards A
+            groups, drawn = sample_groups(
+                engine, tokenizer, judge or rules, sampler, config, seconds
+            )
+            set_advantages(groups, config)
+            engine.sleep()
+            if step == start:
+                evaluation.show_example(drawn[0][0], tokenizer)
+            # Score: what the policy that sampled says of each token, before it changes
+            with timed(seconds, "score"):
+                mini_batches = make_batches(groups, config, step, device, kernel)
+                score(policy, reference, mini_batches, config)
+            # Update: one optimiser step per mini-batch, with A3PO's weights of this step
+            with timed(seconds, "update"):
+                rho, lr = rho_at(step, config), set_lr(optimizer, step, config)
+                diagnostics = update(policy, optimizer, mini_batches, config, rho)
+            # Sync: vLLM samples the next step from the new policy
+            with timed(seconds, "sync"):
+                engine.load_weights(full_weights(model))
 
-    problems = rollout.load_problems(config.data, needs_answer=not config.reward)
-    if config.reward:  # the function gets the whole problem
-        problems = [dataclasses.replace(problem, reference=problem) for problem in problems]
-    sampler = rollout.PromptSampler(encode(problems), config.seed)
-    sources = [source for source in config.eval_data.split(",") if source]
-    held_out = [p for source in sources for p in encode(rollout.load_problems(source, "test"))]
-    return tokenizer, sampler, held_out[: config.eval_limit or None]
+            metrics = dict(step=step) | rollout_metrics(drawn, config) | token_metrics(mini_batches)
+            total = sum(seconds.values())
+            speed = dict(tokens_per_second=metrics["rollout_tokens"] / total, seconds=total)
+            run.log_step(metrics | diagnostics | speed | seconds | rho | dict(lr=lr))
+            run.log_rollouts(step, drawn, config.log_rollouts)
+            if is_due(step + 1, config.save_every, config.steps):
+                checkpoints.save(step + 1, sampler.cursor)
+    run.finish()
 
 
-def build_engine(config: Config, tokenizer) -> rollout.Engine:
-    return rollout.Engine(
-        config.model,
-        max_model_len=config.max_prompt_length + config.max_response_length,
-        stop_ids=rollout.stop_token_ids(tokenizer, config.model),
-        max_num_seqs=config.max_num_seqs,
-        gpu_memory=config.gpu_memory,
-        seed=config.seed,
-    )
-
-
-def run_eval(engine, tokenizer, graders, prompts, config: Config) -> dict[str, float]:
+def run_eval(engine, tokenizer, judge, prompts: list[Prompt], config: Config) -> dict[str, float]:
+    """Evaluate the policy that vLLM holds on held-out prompts."""
     metrics, _ = evaluation.evaluate(
-        engine, tokenizer, graders, prompts, n=config.eval_n, seed=config.seed,
+        engine, tokenizer, judge, prompts, n=config.eval_n, seed=config.seed,
         max_tokens=config.max_response_length, temperature=config.eval_temperature,
         top_p=config.eval_top_p,
     )
     return metrics
 
 
-def is_due(step: int, every: int, last: int, at_start: bool = False) -> bool:
-    """Whether something done every `every` steps (0: never) and at the end is due at `step`."""
-    if step == 0:
-        return at_start
-    return step == last or (every > 0 and step % every == 0)
-
-
-def timings(seconds: dict[str, float], tokens: int) -> dict[str, float]:
-    total = sum(seconds.values())
-    return {
-        "tokens_per_second": tokens / total,
-        "seconds": total,
-        **{f"seconds_{name}": value for name, value in seconds.items()},
-    }
-
-
-def train(config: Config) -> None:
-    check_config(config)
-    name_run(config)
-    tokenizer, sampler, eval_prompts = load_inputs(config)
-    reward = RewardFunction(config.reward) if config.reward else None
-    device = rollout.init_distributed()
-    config.output_dir = rollout.gather([config.output_dir])[0]  # it may hold rank 0's clock
-    policy, model, reference, optimizer = build(config, device)
-    checkpoints = Path(config.output_dir) / "checkpoints"
-    checkpoint = newest_checkpoint(checkpoints) if config.resume else None
-    start = 0
-    if checkpoint:
-        start, sampler.cursor = load_checkpoint(checkpoint, policy, optimizer)
-        say(f"going on from {checkpoint}")
-    engine = build_engine(config, tokenizer)
-    tied = model.config.tie_word_embeddings
-    if start:
-        engine.load_weights(full_weights(model), tied)
-    run = RunFolder(config, start)
-
-    with Graders(timeout=config.grade_timeout) as graders:
-        progress = tqdm(total=config.steps, initial=start, desc="training", leave=False,
-                        disable=None if rollout.rank() == 0 else True)
-        for step in range(start, config.steps + 1):
-            if eval_prompts and is_due(step, config.eval_every, config.steps, at_start=True):
-                run.log_eval(step, run_eval(engine, tokenizer, graders, eval_prompts, config))
-            if step == config.steps:
-                break
-            seconds: dict[str, float] = {}
-            kept, drawn = collect(engine, tokenizer, reward or graders, sampler, config, seconds)
-            engine.sleep()
-            if step == start:
-                show_example(drawn[0][0], drawn[0][1][0], tokenizer)
-            mini_batches = prepare(config, kept, step)
-            shares = [[row for mini in mini_batches for row in mini[r]]
-                      for r in range(rollout.world_size())]
-            with timed(seconds, "score"):
-                score(policy, reference, shares, config, device)
-            with timed(seconds, "update"):
-                knobs = set_knobs(shares[rollout.rank()], config, step)
-                for group in optimizer.param_groups:
-                    group["lr"] = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
-                diagnostics = update(policy, optimizer, mini_batches, config, knobs, device)
-            with timed(seconds, "sync"):
-                engine.load_weights(full_weights(model), tied)
-
-            metrics = dict(step=step, **rollout_metrics(drawn, config), **row_metrics(shares))
-            metrics |= diagnostics | timings(seconds, metrics["rollout_tokens"])
-            metrics |= dict(rho_positive=knobs.rho_positive, rho_negative=knobs.rho_negative)
-            metrics |= dict(lr=optimizer.param_groups[0]["lr"])
-            run.log_step(metrics)
-            run.log_rollouts(step, drawn, config.log_rollouts)
-            progress.update()
-            if is_due(step + 1, config.save_every, config.steps):
-                save_checkpoint(checkpoints, step + 1, sampler.cursor, policy, model, optimizer,
-                                tokenizer, device)
-        progress.close()
-    run.finish()
-
-
 def announce(config: Config) -> None:
     other = {"paper": "the demo: --setting demo", "demo": "the paper's: --setting paper"}
     say(f"{config.preset} in the {config.setting} setting: {config.model} on {config.data}, "
         f"{config.steps} steps of {config.prompts_per_step} x {config.group_size} responses, "
-        f"{rollout.world_size()} rank(s). For {other[config.setting]}")
-
-
-def name_run(config: Config) -> None:
-    """Fill in --output_dir, and refuse to write over another run."""
-    if not config.output_dir:
-        name = f"{config.setting}-{config.preset}-seed{config.seed}-{time.strftime('%m%d-%H%M%S')}"
-        config.output_dir = str(Path("runs") / name)
-    if (Path(config.output_dir) / "metrics.jsonl").exists() and not config.resume:
-        raise UsageError(f"--output_dir {config.output_dir} holds a run already: go on with it "
-                         "(--resume auto) or give another folder")
+        f"{world_size()} rank(s). For {other[config.setting]}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1376,7 +860,7 @@ def main(argv: list[str] | None = None) -> None:
         announce(config)
         train(config)
     except UsageError as error:
-        if rollout.rank() == 0:
+        if rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

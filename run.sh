@@ -4,7 +4,7 @@
 #   bash run.sh                 install if needed, then the demo: evaluate, train, evaluate again
 #   bash run.sh install         make .venv and install the pinned requirements, nothing else
 #   bash run.sh demo [flags]    train the embedded tiny model; minutes on a laptop, no GPU needed
-#   bash run.sh test [flags]    run the tests (pytest flags)
+#   bash run.sh test [flags]    run the tests (pytest flags; -m slow: the slow ones, -m "": all)
 #   bash run.sh train [flags]   the paper's setting: Qwen3-8B-Base on DAPO-Math-17k, all GPUs
 #   bash run.sh eval [flags]    evaluate a checkpoint, e.g. --model demo/model --benchmarks demo
 #   bash run.sh help            this text
@@ -59,7 +59,7 @@ case $command in
   test)
     install
     say "tests"
-    "$VENV/bin/python" -m pytest -q tests "$@"
+    "$VENV/bin/python" -m pytest -q -m "not slow" tests "$@"  # of two -m the last counts
     ;;
   train)
     n=$(gpus)

@@ -6,55 +6,37 @@ reward and for the benchmarks. A grader never guesses and never raises.
 Rows: {"id", "kind": "math" | "choice" | "code", "response", "answer"}; for code "question" (a
 LiveCodeBench row) in place of "answer". In Python: `grade(...)`, or a pool of workers, `Graders`.
 
-Three kinds of processes. The caller extracts the answer and settles the easy cases. A worker (this
-file with --worker) runs sympy or compares program outputs, one task at a time; it is killed and
-replaced when late. For code, each worker has a sandbox (this file with --sandbox) that forks a
-locked-down child per test and never sees an expected output.
+The caller extracts the answer and settles the easy cases. A worker (this file with --worker) runs
+sympy or compares program outputs, one task at a time; it is killed and replaced when late. For
+code, each worker has a sandbox (sandbox.py), which never sees an expected output.
 """
 
 import argparse
 import atexit
 import base64
-import ctypes
-import gc
-import glob
 import io
-import itertools
 import json
 import os
 import pickle
-import queue
 import re
-import resource
-import select
-import shutil
-import signal
-import struct
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-import types
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
-libc = ctypes.CDLL(None, use_errno=True)
+from sandbox import Child, Sandbox, die_with_parent, set_limit
+
 WORKER_MEMORY = 8 << 30  # bytes of address space for sympy, and for decoding tests
-MEMORY_LIMIT = 2 << 30  # bytes of address space for a program under test
-MAX_OUTPUT = 8 << 20  # bytes that a program may write, to its output or to any file
 MAX_TESTS = 256 << 20  # bytes of decoded private tests
 KINDS = ("math", "choice", "code")
-LIBRARY = os.path.dirname(os.path.realpath(os.__file__))
-LOCK_FAILED = 117  # exit status of a child that could not be locked down
 
 
 @dataclass(frozen=True)
@@ -66,6 +48,11 @@ class Grade:
     extracted: str | None
     status: str = "ok"
     detail: str = ""
+    reward: float | None = None  # set by a reward function; None: 1 or 0 by correctness
+
+
+class UsageError(ValueError):
+    """Bad input: one sentence saying what, where and what to do; shown without a traceback."""
 
 
 class BadReference(ValueError):
@@ -74,6 +61,40 @@ class BadReference(ValueError):
 
 class _NeedsSympy(Exception):
     """Raised in the caller, with the extracted answer, where only a worker can decide."""
+
+
+# ---- input --------------------------------------------------------------------------------------
+# The project's one reader of JSON lines.
+
+
+def read_jsonl(path: str, skip_broken: bool = False) -> Iterator[tuple[str, dict]]:
+    """Yield ("FILE:LINE", row) for each line that is not blank; raises UsageError. skip_broken:
+    broken lines (cut short by a kill) are left out, and a missing file is empty."""
+    if skip_broken and not os.path.exists(path):
+        return
+    errors = "replace" if skip_broken else "strict"  # a cut may fall inside a character
+    try:
+        with open(path, encoding="utf-8", errors=errors, newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}:{number}"
+                row = _parse_row(line, where, skip_broken) if line.strip() else None
+                if row is not None:
+                    yield where, row
+    except (OSError, UnicodeDecodeError) as why:
+        raise UsageError(f"{path}: cannot be read: {why}") from None
+
+
+def _parse_row(line: str, where: str, skip_broken: bool) -> dict | None:
+    """Return the line's object; None if it is broken and such lines are left out."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as why:
+        if skip_broken:
+            return None
+        raise UsageError(f"{where}: broken JSON: {why}") from None
+    if not isinstance(row, dict):
+        raise UsageError(f"{where}: a JSON object is expected, one per line")
+    return row
 
 
 # ---- extraction ---------------------------------------------------------------------------------
@@ -88,8 +109,8 @@ _PROMPT_ECHO = re.compile(r"[\s*$\\\[(<{]*(?:LETTER|ANSWER)[\s*$\\\])>}.]*", re.
 
 
 def extract_answer(text: str | None) -> str | None:
-    r"""The content of the last complete \boxed{} or \fbox{}, or of the last "Answer: ..." line,
-    whichever comes later, after the last </think>. None if there is neither. Linear time."""
+    r"""Return the content of the last complete \boxed{} or \fbox{}, or of the last "Answer: ..."
+    line, whichever comes later, after the last </think>; None if there is neither. Linear time."""
     text = (text or "").rpartition("</think>")[2]
     start, answer, open_braces = -1, None, []
     first = min((i for i in map(text.find, ("\\boxed", "\\fbox")) if i >= 0), default=len(text))
@@ -113,7 +134,7 @@ def extract_answer(text: str | None) -> str | None:
 
 
 def extract_code(text: str | None) -> str | None:
-    """The last complete fenced block after the last </think>, without its common indent."""
+    """Return the last complete fenced block after the last </think>, without its common indent."""
     block, code, fence = [], None, ""
     for line in (text or "").rpartition("</think>")[2].split("\n"):
         mark = re.match(r"[ \t]*(`{3,}|~{3,})([^`]*)$", line)
@@ -131,7 +152,8 @@ def extract_code(text: str | None) -> str | None:
 
 
 def grade_choice(extracted: str, reference: Any, n_choices: int = 4) -> Grade:
-    """The one capital letter, standing alone, that the answer names. Two letters: no credit."""
+    """Compare with the one capital letter, standing alone, that the answer names; two letters get
+    no credit."""
     letters = [chr(ord("A") + i) for i in range(n_choices)]
     gold = str(reference).strip(" ().\n").upper()
     if gold not in letters:
@@ -189,7 +211,7 @@ _FRACTION = re.compile(r"([+-]?) *(?:(\d+) +)?([+-]?[\d.,]+)/([+-]?[\d.,]+)")
 
 
 def clean_latex(text: str) -> str:
-    """One spelling for what LaTeX can write in several ways; removes degrees and currency."""
+    """Give one spelling to what LaTeX can write in several ways; remove degrees and currency."""
     if "begin{" not in text:  # escaped once too often; in a matrix it ends a row
         text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)
     text = text.replace(r"\\", _ROW).translate(_UNICODE)
@@ -200,7 +222,8 @@ def clean_latex(text: str) -> str:
 
 
 def number(text: str) -> Fraction | None:
-    """The exact value of a literal: 1,234  -0.5  3.2e5  0.1\\overline{6}  \\frac43  1\\frac12."""
+    """Return the exact value of 1,234  -0.5  3.2e5  0.1\\overline{6}  \\frac43  1\\frac12 ..., else
+    None."""
     if len(text) > 2000:
         return None
     text = re.sub(r" *([-+\\/{}^*]|(?<=\\times)|(?<=\\cdot)) *", r"\1", text.strip())
@@ -265,7 +288,7 @@ _FUNCTIONS = frozenset(
 
 
 def _depths(text: str) -> list[int]:
-    """How many brackets are open around each character; a bracket is outside itself."""
+    """Return how many brackets are open around each character; a bracket is outside itself."""
     depths, depth = [], 0
     for token in re.finditer(r"\\[A-Za-z]+|\\.|.", text, re.S):
         depth -= token[0][-1] in ")]}"
@@ -275,7 +298,7 @@ def _depths(text: str) -> list[int]:
 
 
 def _split(text: str, separator: re.Pattern) -> list[str]:
-    """The parts between the matches of `separator` that are outside all brackets."""
+    """Return the parts between the matches of `separator` that are outside all brackets."""
     depths = _depths(text)
     cuts = [m.span() for m in separator.finditer(text) if depths[m.start()] == 0]
     starts, ends = [0, *(end for _, end in cuts)], [*(start for start, _ in cuts), len(text)]
@@ -283,7 +306,7 @@ def _split(text: str, separator: re.Pattern) -> list[str]:
 
 
 def _surrounded(text: str) -> re.Match | None:
-    """(opening)(content)(closing) if one pair of brackets spans the whole text."""
+    """Match (opening)(content)(closing) if one pair of brackets spans the whole text."""
     around = re.fullmatch(r"(\\?[([{])(.*?)(\\?[)\]}])", text, re.S)
     outside = [i for i, depth in enumerate(_depths(text)) if depth == 0] if around else []
     pair = around and [*range(around.start(2)), *range(around.end(2), len(text))]
@@ -291,7 +314,7 @@ def _surrounded(text: str) -> re.Match | None:
 
 
 def parse_answer(text: str, depth: int = 0) -> Node:
-    """The tree of an answer, cleaned before. Raises ValueError if nested too deeply."""
+    """Return the tree of an answer, cleaned before. Raises ValueError if nested too deeply."""
     text = re.sub(r"[.,;:]?\s*$", "", text.strip()) if depth == 0 else text.strip()
     if depth > 12 or not text:
         raise ValueError("nested too deeply" if text else "an empty part")
@@ -341,7 +364,7 @@ def _one_or_set(items: list[Node]) -> Node:
 
 
 def _is_name(text: str) -> bool:
-    """Does the text name a quantity (x, f(x), m+n, \\angle ABC, Area) rather than compute one?"""
+    """Tell whether a text names a quantity (x, f(x), m+n, \\angle ABC, Area), not computes one."""
     arguments = r"_\{[^{}]*\}|_\w|(?<=[A-Za-z])\([^()]*\)|\^\{-1\}|\\text(?=\{)"
     text = re.sub(arguments, "", text.strip())
     words = set(re.findall(r"[a-z]+", text.lower()))
@@ -350,7 +373,7 @@ def _is_name(text: str) -> bool:
 
 
 def _interval(parts: list[str], relations: list[str]) -> Node | None:
-    """The interval, named x, of x > 5 or 1 \\ge x > 0; None if no variable is bounded."""
+    """Return the interval, named x, of x > 5 or 1 \\ge x > 0; None if no variable is bounded."""
     down, strict = [x in (">", r"\ge ") for x in relations], [x in "<>" for x in relations]
     if len(set(down)) != 1 or len(relations) != len(parts) - 1:
         return None
@@ -412,14 +435,14 @@ _IN_BASE = re.compile(r"[\dA-Fa-f]+\s*_\s*(?:\d|\{\s*\d+\s*\})")
 
 
 def _refused(text: str) -> bool:
-    """Must this text not reach sympy? Too long, too deeply nested, or with too large numbers."""
+    """Tell whether a text is too long, too deeply nested or has too large numbers for sympy."""
     if not text or len(text) > 2000 or text.count("^") > 100 or _REFUSED.search(text):
         return True
     return max(_depths(text)) >= 50
 
 
 def _unit(text: str, trusted: bool) -> tuple[str, str]:
-    """(value, unit) of "5 \\text{ cm}^2"; an answer's bare words must be known units."""
+    """Return (value, unit) of "5 \\text{ cm}^2"; an answer's bare words must be known units."""
     m = _UNIT.fullmatch(text)
     words = (m[2] or m[3]).lower().replace(".", "").split() if m else []
     plain = m and m[2] and (trusted or not _HEDGES & set(words) and len(words) <= 4)
@@ -429,20 +452,20 @@ def _unit(text: str, trusted: bool) -> tuple[str, str]:
 
 
 def _word(text: str) -> str:
-    """The letters of a purely alphabetic text, without case if more than one; else empty."""
+    """Return the letters of a purely alphabetic text, without case if more than one; else ""."""
     text = re.sub(r"\\text|[{}\s.']|(?<=[A-Za-z]{2})-(?=[A-Za-z]{2})", "", text)
     return (text if len(text) == 1 else text.casefold()) if text.isalpha() else ""
 
 
 def _rounds_to(exact: Fraction, decimal: str, text: str) -> bool:
-    """Is `decimal`, given to six places or more, the rounding of `text`, like 1/3?"""
+    """Tell whether `decimal`, of six places or more, is the rounding of `text`, like 1/3."""
     places = re.fullmatch(r"[+-]?\d*\.(\d{6,})", decimal)
     is_fraction = "/" in text or "\\" in text
     return bool(places) and is_fraction and round(exact, len(places[1])) == number(decimal)
 
 
 def same_leaf(gold: str, answer: str) -> bool:
-    """Text, bases and numbers are settled here, exactly; the rest by math-verify."""
+    """Settle text, bases and numbers here, exactly; the rest is left to math-verify."""
     words = _word(gold), _word(answer)
     if all(words) or any(len(word) > 1 for word in words):
         return words[0] == words[1]
@@ -469,7 +492,7 @@ def same_leaf(gold: str, answer: str) -> bool:
 
 @lru_cache(4096)
 def _sympy_parse(latex: str) -> tuple:
-    """What math-verify makes of \\boxed{latex}; its alarm-based timeout is off."""
+    """Return what math-verify makes of \\boxed{latex}; its alarm-based timeout is off."""
     from math_verify import LatexExtractionConfig, parse
 
     config = [LatexExtractionConfig()]
@@ -478,7 +501,7 @@ def _sympy_parse(latex: str) -> tuple:
 
 
 def symbolic_equal(gold: str, answer: str) -> bool:
-    """math-verify's verdict on two leaves, gold first. Runs in a worker: it may never return."""
+    """Return math-verify's verdict on two leaves. Runs in a worker: it may never return."""
     from math_verify import verify
 
     target, wanted = _sympy_parse(answer), _sympy_parse(gold)
@@ -497,7 +520,7 @@ def symbolic_equal(gold: str, answer: str) -> bool:
 
 
 def _leaves(tree: Node) -> list[str]:
-    """All texts that comparing with this tree may hand to sympy."""
+    """Return all texts that comparing with this tree may hand to sympy."""
     if tree.kind == "leaf" or (tree.kind == "eq" and not tree.name):
         return [tree.text]
     return [text for item in tree.items for text in _leaves(item)]
@@ -505,8 +528,8 @@ def _leaves(tree: Node) -> list[str]:
 
 @lru_cache(4096)
 def parse_reference(reference: str) -> Node:
-    """The tree of a gold answer. Raises BadReference if it is empty, unbalanced or too long, or if
-    a leaf of it means nothing to the library."""
+    """Return the tree of a gold answer. Raises BadReference if it is empty, unbalanced or too
+    long, or if a leaf of it means nothing to the library."""
     text = clean_latex(reference) if len(reference) <= 2000 else ""
     if not text or sum(map(text.count, "([{")) != sum(map(text.count, ")]}")):
         raise BadReference("empty, unbalanced or longer than 2,000 characters")
@@ -523,7 +546,7 @@ def parse_reference(reference: str) -> Node:
 
 
 def grade_number(extracted: str, reference: str) -> Grade | None:
-    """The fast path: two equal numbers, or two different integers; None where it takes more."""
+    """Settle two equal numbers, or two different integers; None where it takes more."""
     if max(len(extracted), len(reference)) > 2000:
         return None
     gold, answer = number(clean_latex(reference)), number(clean_latex(extracted))
@@ -560,7 +583,7 @@ class _NoGlobals(pickle.Unpickler):
 
 @lru_cache(12)  # the responses to one problem come together
 def _decode(text: str) -> Any:
-    """LiveCodeBench's encodings: JSON, or base64 of zlib of pickle of JSON."""
+    """Decode LiveCodeBench's encodings: JSON, or base64 of zlib of pickle of JSON."""
     if text.lstrip().startswith(("[", "{")):
         return json.loads(text)
     inflate = zlib.decompressobj()
@@ -571,7 +594,7 @@ def _decode(text: str) -> Any:
 
 
 def read_tests(row: Any) -> tuple[list[dict], str | None]:
-    """The public and private tests of a LiveCodeBench row, checked, and metadata.func_name."""
+    """Return a LiveCodeBench row's public and private tests, checked, and metadata.func_name."""
     try:
         fields = [row.get(x) or "[]" for x in ("public_test_cases", "private_test_cases")]
         fields.append(row.get("metadata") or "{}")
@@ -594,12 +617,13 @@ def read_tests(row: Any) -> tuple[list[dict], str | None]:
 
 
 def same_output(output: str, expected: str) -> bool:
-    """Equal number of lines once stripped, each equal as text or as a list of decimals."""
-    got, want = ([x.strip() for x in text.strip().split("\n")] for text in (output, expected))
+    """Compare stripped texts: as many lines, each equal as text or as a list of decimals."""
+    got, want = output.strip().split("\n"), expected.strip().split("\n")
     return len(got) == len(want) and all(map(_same_line, got, want))
 
 
 def _same_line(got: str, want: str) -> bool:
+    got, want = got.strip(), want.strip()
     if got == want:
         return True
     try:
@@ -615,383 +639,24 @@ def _same_json(output: str, expected: str) -> bool:
         return False
 
 
-def grade_code(code: str, row: Any, time_limit: float, alive: Callable[[], Any]) -> Grade:
+def grade_code(
+    code: str, row: Any, time_limit: float, sandbox: Sandbox, alive: Callable[[], Any]
+) -> Grade:
     """Run all tests, stopping at the first that fails. time_limit: seconds of wall time per test.
-    The candidate's process gets the code and the input; outputs are compared here."""
+    The sandbox gets the code and the input; outputs are compared here. Unlike in LiveCodeBench's
+    harness programs are real processes: all ways to read stdin work, a non-zero exit fails."""
     tests, func_name = read_tests(row)
     for index, test in enumerate(tests, 1):
         alive()
         functional = test["testtype"] == "functional"
-        task = (code, test["input"], func_name if functional else None, time_limit)
-        status, output = _ask_sandbox(task, time_limit)
+        function = func_name if functional else None
+        status, output = sandbox.run(code, test["input"], function, time_limit)
         if status != "ok":
             verdict = status if status in ("timeout", "error") else "ok"
             return Grade(False, code, verdict, f"test {index} of {len(tests)}: {output}"[:200])
         if not (_same_json if functional else same_output)(output, test["output"]):
             return Grade(False, code, "ok", f"test {index} of {len(tests)}: wrong output")
     return Grade(True, code)
-
-
-_sandbox: "_Process | None" = None  # of this worker
-
-
-def _ask_sandbox(task: tuple, time_limit: float) -> list:
-    """Run one test in this worker's sandbox, which is started when first needed."""
-    global _sandbox
-    try:
-        _sandbox = _sandbox or _Process("--sandbox")
-        return _sandbox.ask(task, time_limit + 10)  # it needs the 10 on a starved machine only
-    except (TimeoutError, EOFError) as why:
-        if _sandbox:  # without namespaces its tests survive it and are now our children
-            _sandbox.close()
-            _kill_children(_sandbox.pid, False)
-            for folder in glob.glob(f"{tempfile.gettempdir()}/a3po-{_sandbox.pid}-*"):
-                _remove_tree(folder)
-        _sandbox = None
-        return ["error", f"sandbox: {why}"]
-
-
-# ---- code: the sandbox --------------------------------------------------------------------------
-# Forks a child per test, locks it down, runs the program in it and kills what is left.
-
-# What LiveCodeBench's harness imports by star ahead of every program, and modules that programs
-# like to import: once here, not once per test.
-_STAR = ("string re datetime collections heapq bisect copy math random statistics itertools "
-         "functools operator io sys json builtins typing").split()  # fmt: skip
-_IMPORTED = (
-    "abc array ast calendar cmath contextlib dataclasses decimal enum fractions gc graphlib "
-    "hashlib inspect locale numbers os pprint queue secrets struct textwrap threading time timeit "
-    "traceback types unicodedata warnings weakref zlib collections.abc concurrent.futures os.path"
-).split()
-# Denied system calls, (x86-64, arm64): reaching other processes, the network, lasting objects.
-_DENIED = {
-    "socket": (41, 198), "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131),
-    "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424),
-    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
-    "pidfd_getfd": (438, 438), "io_uring_setup": (425, 425), "unshare": (272, 97),
-    "setns": (308, 268), "mount": (165, 40), "bpf": (321, 280), "perf_event_open": (298, 241),
-    "userfaultfd": (323, 282), "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186),
-    "mq_open": (240, 180), "add_key": (248, 217), "keyctl": (250, 219),
-    "sched_setscheduler": (144, 119), "setpriority": (141, 140),
-}  # fmt: skip
-_IGNORED = {"setsid": (112, 157), "setpgid": (109, 154)}  # answered 0: stay in the group we kill
-_ONLY_SELF = {"prlimit64": (302, 261), "sched_setaffinity": (203, 122)}  # first argument 0
-_ARCH = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-
-
-def _seccomp_filter() -> bytes:
-    """A BPF program that answers EPERM to the calls above; empty on other architectures."""
-    column, arch = _ARCH.get(os.uname().machine, (None, 0))
-    if column is None:
-        return b""
-    load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06  # BPF_LD|W|ABS, JEQ, JGE, RET
-    deny, allow = (answer, 0, 0, 0x00050001), (answer, 0, 0, 0x7FFF0000)
-    program = [(load, 0, 0, 4), (equal, 1, 0, arch), deny, (load, 0, 0, 0)]
-    program += [(at_least, 0, 1, 0x40000000), deny]  # the x32 twins of all calls
-    for calls, reply in ((_DENIED, deny), (_IGNORED, (answer, 0, 0, 0x00050000))):
-        for call in calls.values():
-            program += [(equal, 0, 1, call[column]), reply]
-    for call in _ONLY_SELF.values():
-        program += [(equal, 0, 4, call[column]), (load, 0, 0, 16), (equal, 0, 1, 0), allow, deny]
-    return b"".join(struct.pack("HBBI", *step) for step in [*program, allow])
-
-
-def _landlock(writable: str, library: int) -> bool:
-    """Leave this process the standard library (a descriptor) to read and `writable` to write in,
-    no other file, and no TCP or signal to the outside where the kernel can (5.13, 6.7, 6.12)."""
-    abi = libc.syscall(444, None, 0, 1)
-    if abi < 1:
-        return False
-    files = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
-    size = 8 if abi < 4 else 16 if abi < 6 else 24
-    rules = libc.syscall(444, struct.pack("QQQ", files, 3, 3)[:size], size, 0)
-    read, read_dir = 1 << 2, 1 << 3
-    grants = {f"/proc/self/fd/{library}": read | read_dir, writable: files & ~1}
-    grants |= dict.fromkeys(["/lib", "/lib64", "/usr/lib", "/usr/lib64"], read | read_dir)
-    grants |= {"/dev/null": read | 2, "/dev/urandom": read, "/etc/ld.so.cache": read}
-    for path, rights in grants.items():
-        if os.path.exists(path):
-            beneath = os.open(path, os.O_PATH)
-            libc.syscall(445, rules, 1, struct.pack("=Qi", rights, beneath), 0)
-            os.close(beneath)
-    return rules >= 0 and libc.syscall(446, rules, 0) == 0
-
-
-class _Sandbox:
-    """The pristine process that forks one locked-down child per test. Where the system allows it
-    is the first process of its own namespaces, and nothing outlives it."""
-
-    def __init__(self):
-        self.filter, self.uid = _seccomp_filter(), 20000 + os.getpid() % 40000
-        self.root = os.geteuid() == 0
-        self.max_processes = 32 + (0 if self.root else _threads_of(os.getuid()))
-        with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")  # if the machine runs out of memory, we and the tests go first
-        self.namespaces = _unshare(self.root)
-        libc.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: a test's orphans become our children
-        _die_with_parent()
-        self.library = os.open(LIBRARY, os.O_PATH)
-        places = [x for x in ("/dev/shm", "/tmp", "/mnt") if not LIBRARY.startswith(x + "/")]
-        self.tmpfs = next(filter(os.path.isdir, places)) if self.namespaces else ""
-        self._mount()
-        for name in [*_IMPORTED, *_STAR]:
-            __import__(name)
-        self.module = types.ModuleType("__main__")  # every program starts with a copy of it
-        for module in map(sys.modules.get, _STAR):
-            names = getattr(module, "__all__", None) or [x for x in dir(module) if x[0] != "_"]
-            vars(self.module).update((x, getattr(module, x)) for x in names)
-        vars(self.module).update((name, sys.modules[name]) for name in _STAR)
-        gc.collect()
-        self.report = ""  # of the protections in force
-        gc.freeze()  # the children share these pages
-
-    def serve(self, requests: int, replies: int) -> None:
-        """Answer [code, input, func_name, time_limit] lines with [status, output] lines."""
-        status, self.report = self.run(None, "", None, 10)  # a dry run, to see what is in force
-        greeting = self.report if status == "ok" else f"does not work here: {self.report}"
-        os.write(replies, json.dumps(greeting).encode() + b"\n")
-        with os.fdopen(requests, "rb") as lines:
-            for line in lines:
-                reply = memoryview(json.dumps(self.run(*json.loads(line))).encode() + b"\n")
-                while reply:
-                    reply = reply[os.write(replies, reply) :]
-
-    def run(self, code: str | None, text: str, func: str | None, limit: float) -> tuple[str, str]:
-        """Run one program on one input: (ok | timeout | failed | error, its output or why)."""
-        folder, pid = self._make_folder(), 0
-        try:
-            with open(os.memfd_create("input"), "w+b") as stdin, \
-                    open(os.memfd_create("output"), "rb") as output:  # fmt: skip
-                stdin.write(text.encode("utf-8", "surrogatepass"))
-                stdin.seek(0)
-                pid = os.fork()
-                if pid == 0:
-                    self._child(code, text, func, limit, folder, stdin.fileno(), output.fileno())
-                pidfd = os.pidfd_open(pid)
-                in_time = bool(select.select([pidfd], [], [], limit)[0])
-                os.close(pidfd)
-                status = _kill_children(pid, self.namespaces)
-                if not in_time or status == -signal.SIGXCPU:
-                    return "timeout", f"over {limit:g} s"
-                if status == LOCK_FAILED:
-                    return "error", "the sandbox could not be locked"
-                if status != 0:
-                    return "failed", f"exit status {status}"
-                printed = os.pread(output.fileno(), MAX_OUTPUT, 0)
-                return "ok", printed.decode("utf-8", "surrogateescape")
-        except OSError as why:
-            if pid:
-                _kill_children(pid, self.namespaces)
-            return "error", f"sandbox: {why}"
-        finally:
-            self._remove_folder(folder)
-
-    def _mount(self) -> None:
-        """Cover self.tmpfs with an empty tmpfs of 64 MB that no other process sees."""
-        options = b"size=64m,nr_inodes=1k,mode=1777"
-        if self.tmpfs and libc.mount(b"tmpfs", self.tmpfs.encode(), b"tmpfs", 6, options):
-            self.tmpfs = ""  # not permitted
-
-    def _make_folder(self) -> str:
-        folder = tempfile.mkdtemp(prefix=f"a3po-{os.getpid()}-", dir=self.tmpfs or None)
-        if self.root:
-            os.chown(folder, self.uid, self.uid)
-        return folder
-
-    def _remove_folder(self, folder: str) -> None:
-        try:
-            os.rmdir(folder)
-        except OSError:  # the program left files
-            if not self.tmpfs:
-                _remove_tree(folder)
-        if self.tmpfs and os.listdir(self.tmpfs):
-            libc.umount2(self.tmpfs.encode(), 2)  # MNT_DETACH
-            self._mount()
-
-    def _child(self, code, text, func, limit, folder, stdin, output) -> None:
-        """In the fork: lock down, run the program, exit. Never returns."""
-        try:
-            os.setsid()
-            null = os.open(os.devnull, os.O_RDWR)
-            for source, target in ((stdin, 0), (null if func else output, 1), (null, 2)):
-                os.dup2(source, target)
-            keep = 3 + bool(func)
-            os.dup2(output, 3)
-            self.library = os.dup2(self.library, keep)
-            os.closerange(keep + 1, 256)
-            # An installation below /root is closed to another uid; a descriptor is a way in.
-            inside = [x.removeprefix(LIBRARY) for x in sys.path if x.startswith(LIBRARY)]
-            sys.path += [f"/proc/self/fd/{keep}{x}" for x in inside]
-            os.environ.clear()
-            os.environ.update(HOME=folder, TMPDIR=folder, PATH="/usr/bin:/bin", LANG="C.UTF-8")
-            report = self._lock_down(folder, limit)
-            if code is None:
-                os.write(1, report.encode())
-                os._exit(0)
-            if report != self.report:
-                os._exit(LOCK_FAILED)
-        except BaseException:
-            os._exit(LOCK_FAILED)
-        try:
-            os._exit(_execute(code, text, func, self.module))
-        finally:
-            os._exit(1)
-
-    def _lock_down(self, folder: str, limit: float) -> str:
-        """Give up every right that a program has no use for; says which of them are gone."""
-        limits = {
-            "AS": MEMORY_LIMIT, "CPU": int(limit) + 3, "FSIZE": MAX_OUTPUT, "NOFILE": 64,
-            "CORE": 0, "NPROC": self.max_processes, "STACK": 128 << 20,
-        }  # fmt: skip
-        for name, value in limits.items():
-            _set_limit(name, value)
-        os.nice(10)  # a program that forks must not starve the process that will kill it
-        os.chdir(folder)
-        libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-        landlock = _landlock(folder, self.library)
-        if self.root:
-            os.setgroups([])
-            os.setresgid(self.uid, self.uid, self.uid)
-            os.setresuid(self.uid, self.uid, self.uid)
-        libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))  # no capability left
-        libc.prctl(4, 1)  # PR_SET_DUMPABLE, for /dev/stdin; the parent's memory stays closed
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        program = ctypes.create_string_buffer(self.filter)
-        header = struct.pack("HP", len(self.filter) // 8, ctypes.addressof(program))
-        active = {
-            "a user id of its own": self.root,
-            "resource limits": True,
-            "own pid, network, ipc and mount namespaces": self.namespaces,
-            "private tmpfs of 64 MB": bool(self.tmpfs),
-            "landlock (no files but its own)": landlock,
-            "seccomp (no sockets, signals, ptrace)":
-                bool(self.filter) and libc.prctl(22, 2, header) == 0,  # PR_SET_SECCOMP
-        }  # fmt: skip
-        missing = ", ".join(name for name, on in active.items() if not on)
-        return "; ".join(filter(active.get, active)) + f"; MISSING: {missing or 'nothing'}"
-
-
-def _kill_children(first: int, namespaced: bool) -> int:
-    """Kill and reap all descendants; the exit status of the child `first` (negative: the signal
-    that killed it). Atomic, for a fork bomb outruns killing one by one: as first process of a
-    namespace all but us, else whole groups (seccomp denies leaving the group)."""
-    status = 0
-    while True:
-        with suppress(OSError):
-            if namespaced:
-                os.kill(-1, signal.SIGKILL)
-        with suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as children:
-            for child in [] if namespaced else map(int, children.read().split()):
-                group = os.getpgid(child)  # as subreaper we have inherited the orphans
-                if group == os.getpgid(0):
-                    os.kill(child, signal.SIGKILL)
-                else:
-                    os.killpg(group, signal.SIGKILL)
-        try:
-            done, code = os.waitpid(-1, 0)
-        except ChildProcessError:
-            return status
-        status = os.waitstatus_to_exitcode(code) if done == first else status
-
-
-def _remove_tree(folder: str) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    if os.path.exists(folder):  # nested too deeply for Python, or closed to us
-        for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
-            subprocess.run([*command, folder], stderr=subprocess.DEVNULL)
-
-
-def _set_limit(name: str, value: int) -> None:
-    """Lower a resource limit for good; one that is lower already stays."""
-    which = getattr(resource, f"RLIMIT_{name}")
-    hard = resource.getrlimit(which)[1]
-    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(which, (value, value))
-
-
-def _threads_of(uid: int) -> int:
-    """How many threads this user runs: NPROC counts them all."""
-    total = 0
-    for process in glob.glob("/proc/[0-9]*"):
-        with suppress(OSError):  # it has ended
-            if os.stat(process).st_uid == uid:
-                total += os.stat(f"{process}/task").st_nlink - 2
-    return total
-
-
-def _unshare(root: bool) -> bool:
-    """Enter new pid, network, ipc and mount namespaces, as an ordinary user inside a new user
-    namespace; the process that returns is the first of them. False where not permitted."""
-    uid, gid = os.getuid(), os.getgid()
-    flags = 0x20000000 | 0x40000000 | 0x08000000 | 0x00020000  # NEWPID NEWNET NEWIPC NEWNS
-    if libc.unshare(flags if root else flags | 0x10000000):  # NEWUSER
-        return False
-    if not root:
-        for name, line in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"),
-                           ("gid_map", f"{gid} {gid} 1")):  # fmt: skip
-            with open(f"/proc/self/{name}", "w") as file:
-                file.write(line)
-    libc.mount(None, b"/", None, 0x44000, None)  # MS_REC | MS_PRIVATE
-    if pid := os.fork():
-        _die_with_parent()
-        os.close(0)
-        os.waitpid(pid, 0)
-        os._exit(0)
-    return True
-
-
-def _execute(code: str, text: str, func: str | None, module: types.ModuleType) -> int:
-    """Run the program the way `python solution.py` would, or call its function and write the
-    result to descriptor 3; the exit status."""
-    ftruncate, pwrite, dumps, exit_ = os.ftruncate, os.pwrite, json.dumps, os._exit
-    utf8 = {"encoding": "utf-8", "errors": "surrogateescape", "closefd": False}
-    sys.stdin = sys.__stdin__ = open(0, **utf8)
-    sys.stdout = sys.__stdout__ = open(1, "w", **utf8)
-    sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)
-    sys.argv, streams = ["solution.py"], (sys.stdout, sys.stderr)
-    sys.setrecursionlimit(50_000)
-    scope = vars(module)
-    known = len(scope)
-    scope.update(stdin=sys.stdin, stdout=sys.stdout, stderr=sys.stderr, argv=sys.argv)
-    scope["__name__"] = module.__name__ = "solution" if func else "__main__"
-    sys.modules["__main__"] = sys.modules[module.__name__] = module
-    status = 0
-    try:
-        exec(compile(code, "solution.py", "exec"), scope)
-        if func:
-            solution = scope.get("Solution")
-            call = getattr(solution(), func) if hasattr(solution, func) else scope[func]
-            result = call(*[json.loads(line) for line in text.splitlines() if line.strip()])
-            data = dumps(result).encode()
-            ftruncate(3, 0)
-            exit_(0 if pwrite(3, data, 0) == len(data) else 1)
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BaseException:
-        status = 1
-    if func:
-        return status or 1
-    try:  # what the interpreter does at its end: threads, exit handlers, open files
-        threading._shutdown()
-        atexit._run_exitfuncs()
-        for name in [*itertools.islice(reversed(scope), len(scope) - known)]:
-            del scope[name]  # its own names only: touching all would copy the shared pages
-        gc.collect()
-        for stream in streams:
-            if not stream.closed:
-                stream.flush()
-    except BaseException:
-        status = status or 120
-    return status & 0xFF
-
-
-def sandbox_main() -> None:
-    """Keep the pipes to the worker out of the programs' reach and serve."""
-    requests, replies = os.dup(0), os.dup(1)
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
-    _Sandbox().serve(requests, replies)
 
 
 # ---- a worker -----------------------------------------------------------------------------------
@@ -1010,87 +675,27 @@ def _verdict(grader: Callable[..., Grade], extracted: str, *more: Any) -> Grade:
 
 def worker_main() -> None:
     """Serve tasks, one JSON line each, until standard input ends."""
-    _die_with_parent()
-    libc.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER, for _ask_sandbox
-    _set_limit("AS", WORKER_MEMORY)
+    die_with_parent()
+    set_limit("AS", WORKER_MEMORY)
     requests, replies = sys.stdin.buffer, os.dup(1)
     os.dup2(2, 1)  # nothing a library prints may look like a reply
     import math_verify  # noqa: F401  (the slow import, before the clock of the first task starts)
 
     os.write(replies, b'"ready"\n')
-    for line in requests:
-        kind, extracted, reference, time_limit = json.loads(line)
-        if kind == "math":
-            grade = _verdict(grade_math, extracted, reference)
-        else:
-            alive = partial(os.write, replies, b"\n")
-            grade = _verdict(grade_code, extracted, reference, time_limit, alive)
-        os.write(replies, json.dumps(asdict(replace(grade, extracted=""))).encode() + b"\n")
-    if _sandbox:
-        _sandbox.close(patience=1)
-
-
-def _die_with_parent() -> None:
-    """SIGKILL us when the parent dies, however it dies; hide our memory from our own user."""
-    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    libc.prctl(4, 0)  # PR_SET_DUMPABLE: no /proc/<pid>/mem, no ptrace
+    alive = partial(os.write, replies, b"\n")
+    with Sandbox() as sandbox:
+        for line in requests:
+            kind, extracted, reference, time_limit = json.loads(line)
+            if kind == "math":
+                grade = _verdict(grade_math, extracted, reference)
+            else:
+                grade = _verdict(grade_code, extracted, reference, time_limit, sandbox, alive)
+            reply = (grade.correct, grade.status, grade.detail)
+            os.write(replies, json.dumps(reply).encode() + b"\n")
 
 
 # ---- the pool -----------------------------------------------------------------------------------
 # Starts, asks and replaces workers; the interface for other programs.
-
-
-class _Process:
-    """This file run as a --worker or a --sandbox: a line of JSON in, a line of JSON out. `ask`
-    raises TimeoutError when it is late, EOFError when it died."""
-
-    def __init__(self, role: str):
-        flags = ["-P"] if role == "--worker" else ["-I", "-S", "-X", "utf8"]
-        self._process = subprocess.Popen(
-            [sys.executable, *flags, os.path.abspath(__file__), role], start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env=None if role == "--worker" else {"TMPDIR": tempfile.gettempdir()},
-        )  # fmt: skip
-        self.pid = self._process.pid
-        self._poll = select.poll()
-        self._poll.register(self._process.stdout, select.POLLIN)
-        self.greeting = self._read(60)  # the start is not on the first task's clock
-
-    def ask(self, task: Any, seconds: float) -> Any:
-        try:
-            self._process.stdin.write(json.dumps(task).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError:
-            raise EOFError("it was dead before the task") from None
-        return self._read(seconds)
-
-    def _read(self, seconds: float) -> Any:
-        """The next line's JSON; an empty line is a sign of life and restarts the clock."""
-        deadline, data = time.monotonic() + seconds, bytearray()
-        while not data.endswith(b"\n"):
-            if not self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise TimeoutError(f"no answer for {seconds:g} s")
-            chunk = os.read(self._process.stdout.fileno(), 1 << 20)
-            if not chunk:
-                raise EOFError("it died")
-            if not data and chunk.startswith(b"\n"):
-                chunk, deadline = chunk.lstrip(b"\n"), time.monotonic() + seconds
-            data += chunk
-        return json.loads(data)
-
-    def is_dead(self) -> bool:
-        return self._process.poll() is not None
-
-    def close(self, patience: float = 0) -> None:
-        """End it: it may leave by itself for `patience` seconds, then it is killed."""
-        with suppress(OSError):  # an unwritten rest of a task
-            self._process.stdin.close()
-        try:
-            self._process.wait(patience)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
 
 
 class Graders:
@@ -1104,12 +709,10 @@ class Graders:
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(self.workers, "grader")
-        self._idle: queue.LifoQueue[_Process | None] = queue.LifoQueue()
-        for _ in range(self.workers):
-            self._idle.put(None)
+        self._idle: list[Child] = []
 
     def submit(self, kind: str, response: str | None, reference: Any, **options: Any) -> Future:
-        """A future of the Grade. Easy cases are settled at once, without a worker."""
+        """Return a future of the Grade; easy cases are settled at once, without a worker."""
         future: Future[Grade] = Future()
         try:
             future.set_result(self._count(self._quick(kind, response, reference, options)))
@@ -1148,32 +751,37 @@ class Graders:
             patience += time_limit + 20
         else:
             reference = str(reference)
-        worker = self._idle.get()
+        worker = self._take_idle()
         try:
             if worker is None or worker.is_dead():
-                worker = _Process("--worker")
-            answer = worker.ask((kind, extracted, reference, time_limit), patience)
-            grade = Grade(**answer | {"extracted": extracted})
+                worker = Child([sys.executable, os.path.abspath(__file__), "--worker"])
+            task = (kind, extracted, reference, time_limit)
+            correct, status, detail = worker.ask(task, patience)
+            self._idle.append(worker)
+            return self._count(Grade(correct, extracted, status, detail))
         except Exception as why:
-            status = "timeout" if isinstance(why, TimeoutError) else "error"
-            grade = Grade(False, extracted, status, f"worker: {why}"[:200])
             if worker is not None:
                 worker.close()
-            worker = None
-        self._idle.put(worker)
-        return self._count(grade)
+            status = "timeout" if isinstance(why, TimeoutError) else "error"
+            return self._count(Grade(False, extracted, status, f"worker: {why}"[:200]))
+
+    def _take_idle(self) -> Child | None:
+        with self._lock:
+            return self._idle.pop() if self._idle else None
 
     def _count(self, grade: Grade) -> Grade:
         with self._lock:
             self.counts[grade.status] += 1
         return grade
 
-    def close(self) -> None:
-        """End the workers; tasks not yet started are cancelled."""
-        self._threads.shutdown(cancel_futures=True)
-        while not self._idle.empty():
-            if worker := self._idle.get():
-                worker.close()
+    def close(self, patience: float = 0) -> None:
+        """End the workers; tasks not yet started are cancelled. Idle workers get `patience` seconds
+        to leave by themselves: of those that are killed, the system forgets some CPU time."""
+        while patience and (worker := self._take_idle()):
+            worker.close(patience)
+        self._threads.shutdown(cancel_futures=True)  # workers die with the thread that started them
+        while worker := self._take_idle():
+            worker.close()
 
     def __enter__(self) -> "Graders":
         return self
@@ -1196,18 +804,13 @@ def grade(kind: str, response: str | None, reference: Any, **options: Any) -> Gr
 
 
 def protections() -> str:
-    """One line that says which protections a program under test runs with on this machine."""
-    sandbox = _Process("--sandbox")
-    sandbox.close(patience=2)
-    return f"sandbox: {sandbox.greeting}"
+    """Return one line that says which protections a program runs with on this machine."""
+    with Sandbox() as sandbox:
+        return f"sandbox: {sandbox.protections}"
 
 
 # ---- command line -------------------------------------------------------------------------------
 # Check all rows, then grade them in order.
-
-
-class BadRow(ValueError):
-    """The input file cannot be graded; the message names the file, the line and the field."""
 
 
 _FIELDS = {  # of a row: (is this value right?, what is expected)
@@ -1223,34 +826,20 @@ _FIELDS = {  # of a row: (is this value right?, what is expected)
 _OPTIONS = ("n_choices", "time_limit")  # the fields that may be absent
 
 
-def read_rows(path: str) -> list[dict]:
-    """All rows of a file, checked before any is graded."""
-    try:
-        with open(path, encoding="utf-8", newline="\n") as file:
-            lines = [(f"{path}:{n}", line) for n, line in enumerate(file, 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as why:
-        raise BadRow(f"{path}: cannot be read: {why}") from None
-    return [_read_row(line, where) for where, line in lines]
-
-
-def _read_row(line: str, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as why:
-        raise BadRow(f"{where}: broken JSON: {why}") from None
-    if not isinstance(row, dict):
-        raise BadRow(f"{where}: a JSON object is expected")
+def _check_row(where: str, row: dict) -> dict:
+    """Return the row; raises UsageError at a field that is missing or of the wrong kind."""
     unused = "answer" if row.get("kind") == "code" else "question"
     for field, (is_right, expected) in _FIELDS.items():
         if field not in row and field not in (unused, *_OPTIONS):
-            raise BadRow(f"{where}: field {field!r}: missing")
+            raise UsageError(f"{where}: field {field!r}: missing")
         if field in row and field != unused and not is_right(row[field]):
             got = repr(row[field])[:50]
-            raise BadRow(f"{where}: field {field!r}: expected {expected}, not {got}")
+            raise UsageError(f"{where}: field {field!r}: expected {expected}, not {got}")
     return row
 
 
 def main() -> None:
+    """Grade the rows of the command line's file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -1264,8 +853,8 @@ def main() -> None:
     if args.timeout <= 0 or (args.workers is not None and args.workers < 1):
         parser.error("--timeout and --workers must be positive")
     try:
-        rows = read_rows(args.file)
-    except BadRow as why:
+        rows = [_check_row(where, row) for where, row in read_jsonl(args.file)]
+    except UsageError as why:
         sys.exit(f"verify.py: {why}")
     if any(row["kind"] == "code" for row in rows):
         print(protections(), file=sys.stderr)
@@ -1279,7 +868,9 @@ def main() -> None:
         for row, future in zip(rows, futures, strict=True):
             verdict = future.result()
             correct += verdict.correct
-            print(json.dumps({"id": row["id"], **asdict(verdict)}), flush=True)
+            fields = {"id": row["id"], **asdict(verdict)}
+            del fields["reward"]  # for reward functions only
+            print(json.dumps(fields), flush=True)
         counts = ", ".join(f"{n} {status}" for status, n in graders.counts.most_common())
     seconds = time.monotonic() - started
     print(f"{correct} of {len(rows)} correct ({counts}) in {seconds:.1f} s", file=sys.stderr)
@@ -1288,7 +879,5 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:] == ["--worker"]:
         worker_main()
-    elif sys.argv[1:] == ["--sandbox"]:
-        sandbox_main()
     else:
         main()

@@ -28,6 +28,10 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import a3po  # noqa: E402
+import rollout  # noqa: E402
+from model import TokenLogprobs, collate, full_weights  # noqa: E402
+from rollout import Prompt, Sample  # noqa: E402
+from verify import Grade  # noqa: E402
 
 GPU = torch.cuda.is_available()
 
@@ -70,9 +74,7 @@ def logprob_step(variant: str, T: int = 2048, H: int = 512, V: int = 151_936):
             entropy = -(logp.exp() * logp).sum(-1)
         else:
             chunk = 1024 if GPU else 256
-            logprobs, entropy, _ = a3po.TokenLogprobs.apply(
-                hidden, weight, targets, 1.0, chunk, 0.0
-            )
+            logprobs, entropy, _ = TokenLogprobs.apply(hidden, weight, targets, 1.0, chunk, 0.0)
         (logprobs.sum() + 0.01 * entropy.sum()).backward()
         return hidden.grad, weight.grad
 
@@ -114,27 +116,27 @@ def bench_logprobs(rounds: int) -> None:
 # ---- batching and shaping -----------------------------------------------------------------------
 
 
-def log_normal_rows(n: int, rng) -> list[a3po.Row]:
+def log_normal_samples(n: int, rng) -> list[Sample]:
     """Groups of 8 responses of mean length about 4k tokens, capped at 16k."""
     lengths = np.clip(rng.lognormal(np.log(4000) - 0.32, 0.8, n), 1, 16384).astype(int)
-    blank = np.zeros(16384, np.int32)
-    prompts = [[0] * 100 for _ in range(0, n, 8)]
-    return [a3po.Row(prompts[i // 8], blank[:k], blank[:k], True, 1.0, 1.0)
-            for i, k in enumerate(lengths)]
+    blank, values = np.zeros(16384, np.int32), np.zeros(16384, np.float32)
+    prompts = [Prompt(None, [0] * 100) for _ in range(0, n, 8)]
+    return [Sample(prompts[i // 8], blank[:k], values[:k], "stop", grade=Grade(True, None),
+                   advantage=1.0) for i, k in enumerate(lengths)]
 
 
 def bench_batching(ranks: int = 8, budget: int = 32768) -> None:
     rng = np.random.default_rng(0)
     spread, padding = [], []
     for _ in range(16):  # the mini-batches of one step: 256 rollouts over 8 ranks
-        rows = log_normal_rows(256, rng)
-        shares = a3po.deal(rows, ranks)
-        loads = [sum(map(len, share)) for share in shares]
+        shares = a3po.deal(log_normal_samples(256, rng), ranks)
+        loads = [sum(a3po.packed_length([sample]) for sample in share) for share in shares]
         spread.append(max(loads) / np.mean(loads) - 1)
-        bins = [rows for share in shares for rows in a3po.pack(share, budget)]
+        bins = [chosen for share in shares for chosen in a3po.pack(share, budget)]
         used = sum(map(a3po.packed_length, bins))
-        padding.append(1 - used / sum(len(a3po.collate(rows, "cpu")["ids"]) for rows in bins))
-    bins = a3po.pack(log_normal_rows(512, rng), budget)  # one rank's share of the scoring pass
+        packed = sum(len(collate(chosen, "cpu", "varlen")["ids"]) for chosen in bins)
+        padding.append(1 - used / packed)
+    bins = a3po.pack(log_normal_samples(512, rng), budget)  # one rank's share of a larger batch
     unused = 1 - sum(map(a3po.packed_length, bins)) / (len(bins) * budget)
     print(f"batching, log-normal lengths (mean 4k, cap 16k), {ranks} ranks, {budget}-token bins\n"
           f"  padding {np.mean(padding):.2%} (bar 1 %);  unused budget {unused:.2%} (bar "
@@ -187,38 +189,37 @@ def bench_gpu(rounds: int, size: dict = QWEN3_1_7B, responses: int = 64, mean: i
     """Tokens/s, MFU and peak memory of one optimiser update of a random model in bf16."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    import rollout
-
     device = rollout.init_distributed()
+    kernel, precision = ("varlen", torch.bfloat16) if GPU else ("grids", None)
     with tempfile.TemporaryDirectory() as folder:
         model = AutoModelForCausalLM.from_config(Qwen3Config(**size), dtype=torch.bfloat16)
         model.save_pretrained(folder)
         config = a3po.parse_args(["--setting=paper", f"--model={folder}", "--parallel=fsdp",
                                   "--mini_batches=1", "--micro_batch_tokens=32768"])
-        policy, model, _, optimizer = a3po.build(config, device)
+        policy, model, _, optimizer = a3po.build(config, device, kernel, precision)
     rng = np.random.default_rng(0)
-    rows = log_normal_rows(responses, rng)
-    for i, row in enumerate(rows):
-        n = max(1, len(row.ids) * mean // 4000)
-        row.ids = rng.integers(100, size["vocab_size"], n).astype(np.int32)
-        row.rollout_logprobs, row.correct = np.full(n, -10, np.float32), i % 2 == 0
-        row.advantage = 1.0 if row.correct else -1.0
+    samples = log_normal_samples(responses, rng)
+    for i, sample in enumerate(samples):
+        n = max(1, len(sample.ids) * mean // 4000)
+        sample.ids = rng.integers(100, size["vocab_size"], n).astype(np.int32)
+        sample.logprobs, sample.grade = np.full(n, -10, np.float32), Grade(i % 2 == 0, None)
+        sample.advantage = 1.0 if sample.correct else -1.0
 
     def step() -> None:
-        for row in rows:
-            row.old_logprobs = row.entropy = None
-        a3po.update(policy, optimizer, [[rows]], config, a3po.Knobs(2.0, 2.0), device)
+        mini_batches = a3po.make_batches([samples], config, 0, device, kernel)
+        a3po.update(policy, optimizer, mini_batches, config, a3po.rho_at(0, config))
 
     step()
     seconds = median_times({"update": step}, rounds)["update"]
-    tokens = sum(map(a3po.packed_length, a3po.pack(rows, config.micro_batch_tokens)))
+    bins = a3po.pack(samples, config.micro_batch_tokens)
+    tokens = sum(map(a3po.packed_length, bins))
     body = sum(p.numel() for p in model.parameters())  # the embedding is the head, too
     # 6 FLOPs a parameter and token, and attention's two products over a causal half
-    attention = sum(len(row) ** 2 for row in rows) * 6 * size["num_hidden_layers"]
+    attention = sum(a3po.packed_length([s]) ** 2 for s in samples) * 6 * size["num_hidden_layers"]
     attention *= size["num_attention_heads"] * size["head_dim"]
     flops = 6 * tokens * body + attention
     memory = torch.cuda.max_memory_allocated() / 2**30 if GPU else math.nan
-    print(f"update of {body / 1e9:.2f} B parameters, {len(rows)} responses, {tokens} tokens: "
+    print(f"update of {body / 1e9:.2f} B parameters, {len(samples)} responses, {tokens} tokens: "
           f"{tokens / seconds:.0f} tokens/s, MFU {flops / seconds / PEAK_FLOPS:.1%} (bar 40 %, "
           f"recomputation not counted), peak {memory:.1f} GiB")
 
@@ -259,8 +260,6 @@ def make_folder(folder: Path) -> None:
 
 def our_steps(folder: str, tokens: int, steps: int, warmup: int = 2) -> dict[str, float]:
     """tokens per CPU-second of the update, and of the whole step, with vLLM."""
-    import rollout
-
     config = a3po.parse_args([
         "--setting=demo", "--preset=dapo", f"--model={folder}", f"--data={folder}/prompts.jsonl",
         "--eval_data=", "--template={problem}", f"--max_response_length={tokens}", "--lr=1e-4",
@@ -269,22 +268,23 @@ def our_steps(folder: str, tokens: int, steps: int, warmup: int = 2) -> dict[str
     ])
     tokenizer, sampler, _ = a3po.load_inputs(config)
     device = rollout.init_distributed()
-    policy, model, reference, optimizer = a3po.build(config, device)
-    engine = a3po.build_engine(config, tokenizer)
-    reward = a3po.RewardFunction(config.reward)
+    policy, model, reference, optimizer = a3po.build(config, device, "grids", None)
+    longest = config.max_prompt_length + config.max_response_length
+    engine = rollout.Engine(folder, tokenizer, max_model_len=longest)
+    judge = rollout.judge_by_function(config.reward)
     update_cpu, step_cpu, count = [], [], []
     for step in range(warmup + steps):
         began = time.process_time()
-        kept, _ = a3po.collect(engine, tokenizer, reward, sampler, config, {})
-        trained = time.process_time()
-        mini_batches = a3po.prepare(config, kept, step)
-        a3po.score(policy, reference, mini_batches[0], config, device)
-        knobs = a3po.set_knobs(mini_batches[0][0], config, step)
-        a3po.update(policy, optimizer, mini_batches, config, knobs, device)
-        update_cpu.append(time.process_time() - trained)
-        engine.load_weights(a3po.full_weights(model), model.config.tie_word_embeddings)
+        groups, _ = a3po.sample_groups(engine, tokenizer, judge, sampler, config, {})
+        sampled = time.process_time()
+        a3po.set_advantages(groups, config)
+        mini_batches = a3po.make_batches(groups, config, step, device, "grids")
+        a3po.score(policy, reference, mini_batches, config)
+        a3po.update(policy, optimizer, mini_batches, config, a3po.rho_at(step, config))
+        update_cpu.append(time.process_time() - sampled)
+        engine.load_weights(full_weights(model))
         step_cpu.append(time.process_time() - began)
-        count.append(sum(len(s.response.ids) for _, group in kept for s in group))
+        count.append(sum(len(sample.ids) for group in groups for sample in group))
     total = sum(count[warmup:])
     return dict(update=total / sum(update_cpu[warmup:]), step=total / sum(step_cpu[warmup:]),
                 length=total / steps / 256)
@@ -348,4 +348,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    a3po.rollout.leave()
+    rollout.leave()

@@ -19,16 +19,15 @@ def main(checkpoint: str) -> None:
     rollout.init_distributed()
     tokenizer, _ = rollout.load_tokenizer(checkpoint, 64, 64)
     problems = rollout.load_problems(str(ROOT / "demo" / "test.jsonl"))[:16]
-    prompts = [p.ids for p in rollout.encode_prompts(problems, tokenizer, "auto", 64)]
-    stop_ids = rollout.stop_token_ids(tokenizer, checkpoint)
-    engine = rollout.Engine(checkpoint, max_model_len=128, stop_ids=stop_ids)
-    responses = engine.generate(prompts, 1, [0] * 16, max_tokens=64, temperature=0.0)
+    prompts = rollout.encode_prompts(problems, tokenizer, "auto", 64)
+    engine = rollout.Engine(checkpoint, tokenizer, max_model_len=128)
+    responses = dict(engine.generate(prompts, 1, [0] * 16, max_tokens=64, temperature=0.0))
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     agree = boxed = 0
-    for prompt, response in zip(prompts, responses, strict=True):
-        ids = torch.tensor([prompt])
-        out = model.generate(ids, do_sample=False, max_new_tokens=64)[0, len(prompt) :].tolist()
-        agree += out == response.ids.tolist()
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt.ids])
+        out = model.generate(ids, do_sample=False, max_new_tokens=64)[0, ids.shape[1] :].tolist()
+        agree += out == responses[i].ids.tolist()
         boxed += "\\boxed{" in tokenizer.decode(out)
     print(json.dumps(dict(agree=agree, of=len(prompts), boxed=boxed)))
 

@@ -11,6 +11,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_configure(config) -> None:
+    config.addinivalue_line("markers", "slow: minutes of real runs; bash run.sh test -m slow")
+
+
 def make_model(folder: Path, tied: bool = True, sharpen: float = 4.0) -> str:
     """A random tiny Qwen3 with the demo's tokenizer, as a save_pretrained folder."""
     import torch

@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from gradient_worker import fixed_rows
+from gradient_worker import fixed_samples, one_mini_batch
 
 import a3po
 import rollout
+from model import full_weights
+from verify import Grade
 
 
 def main(model: str) -> None:
@@ -23,20 +25,21 @@ def main(model: str) -> None:
     )
     tokenizer, _, _ = a3po.load_inputs(config)
     device = rollout.init_distributed()
-    policy, inner, _, optimizer = a3po.build(config, device)
-    engine = a3po.build_engine(config, tokenizer)
-    rows = fixed_rows()
-    prompts = [row.prompt_ids for row in rows]
+    policy, inner, _, optimizer = a3po.build(config, device, "grids", None)
+    engine = rollout.Engine(model, tokenizer, max_model_len=80)
+    prompts = [sample.prompt for sample in fixed_samples()]
     seeds = [1000 * i for i in range(len(prompts))]
 
     def sample(prompts, seeds, temperature=config.temperature):
-        return engine.generate(prompts, 2, seeds, max_tokens=48, temperature=temperature)
+        found = dict(engine.generate(prompts, 2, seeds, max_tokens=48, temperature=temperature))
+        for i, response in found.items():
+            response.grade, response.advantage = Grade(i % 3 == 0, None), 1.0
+        return [found[i] for i in range(2 * len(prompts))]
 
     def scored(responses):
-        rows = [a3po.Row(prompts[i // 2], r.ids, r.logprobs, i % 3 == 0, 1.0, 1.0)
-                for i, r in enumerate(responses)]
-        a3po.score(policy, None, [rows], config, device)
-        return rows, a3po.row_metrics([rows])["mismatch_max"]
+        mini_batches = one_mini_batch(responses, config)
+        a3po.score(policy, None, mini_batches, config)
+        return mini_batches, a3po.token_metrics(mini_batches)["mismatch_max"]
 
     responses = sample(prompts, seeds)
     report = dict(seeds_differ=responses[0].ids.tolist() != responses[1].ids.tolist())
@@ -44,11 +47,11 @@ def main(model: str) -> None:
     report["same_alone_as_in_a_batch"] = all(
         a.ids.tolist() == b.ids.tolist() for a, b in zip(alone, responses[6:8], strict=True)
     )
-    rows, report["gap_at_start"] = scored(responses)
-    metrics = a3po.update(policy, optimizer, [[rows]], config, a3po.Knobs(2.0, 2.0), device)
+    mini_batches, report["gap_at_start"] = scored(responses)
+    metrics = a3po.update(policy, optimizer, mini_batches, config, a3po.rho_at(0, config))
     report["ratio_deviation"] = metrics["ratio_max_deviation"]
     _, report["gap_before_sync"] = scored(responses)
-    engine.load_weights(a3po.full_weights(inner), inner.config.tie_word_embeddings)
+    engine.load_weights(full_weights(inner))
     after = sample(prompts, seeds)
     _, report["gap_after_sync"] = scored(after)
     stopped = [r for r in responses + after if r.finish_reason == "stop"]
@@ -58,7 +61,8 @@ def main(model: str) -> None:
     inner.set_attn_implementation("sdpa")  # its own forward, without our packing
     greedy = sample(prompts, seeds, temperature=0.0)[::2]
     report["greedy_agrees"] = True
-    for prompt, response in zip(prompts, greedy, strict=True):
+    for response in greedy:
+        prompt = response.prompt.ids
         ids = torch.tensor([[*prompt, *response.ids.tolist()]])
         with torch.no_grad():
             predicted = inner(ids).logits[0, len(prompt) - 1 : -1].argmax(-1)

@@ -12,23 +12,51 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 import a3po
+import model as policy_model
 import rollout
+from rollout import Prompt, Sample
+from verify import Grade
 
 
-def fixed_rows() -> list[a3po.Row]:
+def fixed_samples() -> list[Sample]:
     """The same ten responses on every rank, of very different lengths, one with advantage 0. Five
-    are to the same prompt, two to another: wherever such rows meet, they share its tokens."""
+    are to the same prompt, two to another: wherever such samples meet, they share its tokens."""
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(3, 90, 4 + i).tolist() for i in range(10)]
+    prompts = [Prompt(None, rng.integers(3, 90, 4 + i).tolist()) for i in range(10)]
     prompts[1] = prompts[3] = prompts[7] = prompts[9] = prompts[0]
     prompts[8] = prompts[2]
-    rows = []
+    samples = []
     for i, length in enumerate([1, 2, 3, 5, 9, 14, 20, 27, 31, 40]):
         logprobs = -rng.exponential(1.0, length).astype(np.float32)
         ids = rng.integers(3, 90, length).astype(np.int32)
         advantage = 0.0 if i == 4 else 1.5 - i
-        rows.append(a3po.Row(prompts[i], ids, logprobs, i % 2 == 0, 1.0, advantage))
-    return rows
+        grade = Grade(i % 2 == 0, None)
+        samples.append(Sample(prompts[i], ids, logprobs, "stop", "", grade, 1.0, advantage))
+    return samples
+
+
+def one_mini_batch(samples: list[Sample], config: a3po.Config, kernel: str = "grids"):
+    """[[micro-batch, ...]], scored before the update if config.mini_batches is above 1."""
+    return a3po.make_batches([samples], config, step=0, device="cpu", kernel=kernel)
+
+
+class Recorder:
+    """In the optimiser's place: keeps the gradient and takes no step."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model, self.gradient = model, {}
+
+    def step(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            grad = parameter.grad
+            self.gradient[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+
+    def zero_grad(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def flat(self) -> torch.Tensor:
+        return torch.cat([grad.flatten() for grad in self.gradient.values()])
 
 
 def main(model: str, parallel: str, tokens: str, out: str, *flags: str) -> None:
@@ -37,20 +65,16 @@ def main(model: str, parallel: str, tokens: str, out: str, *flags: str) -> None:
         ["--setting=demo", f"--model={model}", f"--parallel={parallel}", *flags,
          f"--micro_batch_tokens={tokens}", "--lr=1e-3", "--weight_decay=0.1"]
     )
-    policy, inner, reference, optimizer = a3po.build(config, device)
-    shares = a3po.deal(fixed_rows(), rollout.world_size())
-    a3po.score(policy, reference, shares, config, device)
-    knobs = a3po.set_knobs(shares[rollout.rank()], config, step=0)
-    sums = a3po.all_reduce(a3po.backward(policy, shares, config, knobs, device))
-    gradient = {}
-    for name, parameter in inner.named_parameters():
-        grad = parameter.grad
-        gradient[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad.clone()
-    policy.zero_grad()
-    a3po.update(policy, optimizer, [shares], config, knobs, device)
-    weights = {name: tensor.clone() for name, tensor in a3po.full_weights(inner)}
+    policy, inner, reference, optimizer = a3po.build(config, device, "grids", None)
+    mini_batches = one_mini_batch(fixed_samples(), config)
+    a3po.score(policy, reference, mini_batches, config)
+    rho, recorder = a3po.rho_at(0, config), Recorder(inner)
+    unclipped = a3po.dataclasses.replace(config, max_grad_norm=1e9)
+    metrics = a3po.update(policy, recorder, mini_batches, unclipped, rho)
+    a3po.update(policy, optimizer, mini_batches, config, rho)
+    weights = {name: tensor.clone() for name, tensor in policy_model.full_weights(inner)}
     if rollout.rank() == 0:
-        torch.save(dict(gradient=gradient, weights=weights, sums=sums), out)
+        torch.save(dict(gradient=recorder.gradient, weights=weights, metrics=metrics), out)
 
 
 if __name__ == "__main__":

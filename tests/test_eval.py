@@ -1,4 +1,5 @@
-"""Evaluation: the estimators, every benchmark's rows, resuming, ranks, comparisons, pictures."""
+"""Evaluation: the estimators, every benchmark's rows, resuming, ranks, the words for metrics, run
+folders, comparisons, pictures."""
 
 import base64
 import itertools
@@ -6,12 +7,14 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import time
 import zlib
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +22,9 @@ from conftest import ROOT, run
 
 import eval as evaluation
 import rollout
-from rollout import Problem, Prompt, Response, UsageError
-from verify import Graders
+import verify
+from rollout import Problem, Prompt, Sample
+from verify import Grade, Graders, UsageError
 
 # ---- estimators ---------------------------------------------------------------------------------
 
@@ -102,6 +106,10 @@ def test_summary():
 
 
 # ---- benchmarks ---------------------------------------------------------------------------------
+
+
+def lines(path):
+    return [row for _, row in verify.read_jsonl(path, skip_broken=True)]
 
 
 def write(path, rows):
@@ -236,11 +244,12 @@ class Script:
     def __init__(self, answers):
         self.answers, self.texts, self.sampled = answers, {}, []
 
-    def generate(self, prompts, n, seeds, on_finish, **_):
+    def generate(self, prompts, n, seeds, **_):
         for i in reversed(range(len(prompts) * n)):  # responses end in any order
-            self.texts[i] = self.answers(prompts[i // n][0], i % n)
-            self.sampled.append((prompts[i // n][0], i % n))
-            on_finish(i, Response(np.array([i]), np.array([-0.5], np.float32), "stop"))
+            prompt = prompts[i // n]
+            self.texts[i] = self.answers(prompt.ids[0], i % n)
+            self.sampled.append((prompt.ids[0], i % n))
+            yield i, Sample(prompt, np.array([i]), np.array([-0.5], np.float32), "stop")
 
     def decode(self, ids, **_):
         return self.texts[int(ids[0])]
@@ -258,12 +267,13 @@ def test_all_kinds_are_graded_and_every_row_counts(tmp_path):
         "code": lambda i, j: ("no code", function if i else program)[j],
     }
     with Graders(workers=1) as graders:
+        judge = rollout.judge_by_rules(graders)
         for kind, problems in (("choice", choice), ("code", code)):
             engine, kept = Script(scripts[kind]), []
             prompts = [Prompt(problem, [i]) for i, problem in enumerate(problems)]
             prompts.append(Prompt(Problem("long", "too long", "A", kind), [9] * 50))
             metrics, groups = evaluation.evaluate(
-                engine, engine, graders, prompts, n=2, seed=0, name=kind, keep=kept.append,
+                engine, engine, judge, prompts, n=2, seed=0, name=kind, keep=kept.append,
                 max_tokens=9)
             assert [[r["correct"] for r in group] for group in groups] == [
                 *[[False, True]] * len(problems), [False, False]]
@@ -274,7 +284,7 @@ def test_all_kinds_are_graded_and_every_row_counts(tmp_path):
             assert not any(problem.text[:12] in text for problem in problems)
             again = Script(scripts[kind])  # what is finished is not sampled again
             finished = {problems[0].id: groups[0]}
-            assert evaluation.evaluate(again, again, graders, prompts, n=2, seed=0, name=kind,
+            assert evaluation.evaluate(again, again, judge, prompts, n=2, seed=0, name=kind,
                                        finished=finished, max_tokens=9)[1] == groups
             assert 0 not in [i for i, _ in again.sampled] and len(again.sampled) == 2 * (
                 len(problems) - 1)
@@ -285,9 +295,40 @@ def test_grading_overlaps_and_problems_are_kept_while_others_run():
     engine = Script(lambda i, j: order.append("sampled") or "\\boxed{1}")
     prompts = [Prompt(Problem(str(i), f"p{i}", "1"), [i]) for i in range(3)]
     with Graders(workers=1) as graders:
-        evaluation.evaluate(engine, engine, graders, prompts, n=2, seed=0, max_tokens=9,
-                            keep=lambda group: order.append("kept"))
+        evaluation.evaluate(engine, engine, rollout.judge_by_rules(graders), prompts, n=2, seed=0,
+                            max_tokens=9, keep=lambda group: order.append("kept"))
     assert order == ["sampled", "sampled", "kept"] * 3
+
+
+def test_each_rank_hands_on_the_records_of_its_own_share_alone(tmp_path, monkeypatch):
+    """Two ranks, one after the other, with what they would gather: the result of one rank. What
+    goes from rank to rank are records, without a problem's text."""
+    write(tmp_path / "gpqa_diamond.jsonl", gpqa_rows(5))
+    prompts = [Prompt(problem, [i]) for i, problem in enumerate(load("gpqa", tmp_path))]
+    prompts.append(Prompt(Problem("long", "too long", "A", "choice"), [9] * 50))
+
+    def run_rank(keep):
+        engine = Script(lambda i, j: f"\\boxed{{{'AB'[(i + j) % 2]}}}")
+        with Graders(workers=1) as graders:
+            metrics, groups = evaluation.evaluate(
+                engine, engine, rollout.judge_by_rules(graders), prompts, n=3, seed=1, keep=keep,
+                max_tokens=9)
+        return {k: v for k, v in metrics.items() if k != "seconds"}, groups, len(engine.sampled)
+
+    alone, parts, kept = run_rank([].append), [], {"0": [], "1": []}
+    ready = [(group[0]["id"], group) for group in alone[1][:-1]]
+    monkeypatch.setattr(rollout, "gather", lambda items: parts.append(items) or ready)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sampled = 0
+    for rank in kept:
+        monkeypatch.setenv("RANK", rank)
+        result = run_rank(kept[rank].append)
+        assert result[:2] == alone[:2]
+        sampled += result[2]
+    assert sampled == alone[2] == 15
+    assert sorted(parts[0] + parts[1]) == sorted(ready) and len(parts[0]) == 3
+    assert kept == {"0": [g for _, g in parts[0]] + alone[1][-1:], "1": [g for _, g in parts[1]]}
+    assert not any(prompt.problem.text[:12] in json.dumps(parts) for prompt in prompts)
 
 
 def test_custom_data(tmp_path):
@@ -321,7 +362,7 @@ def data(tmp_path_factory):
 
 def samples(folder):
     """samples.jsonl in order: its lines are in the order in which problems were finished."""
-    return sorted(evaluation.read_records(folder / "samples.jsonl"),
+    return sorted(lines(folder / "samples.jsonl"),
                   key=lambda r: (r["benchmark"], r["id"], r["sample"]))
 
 
@@ -351,8 +392,7 @@ def test_outputs(whole):
     assert {name: m["problems"] for name, m in metrics.items()} == counts
     assert metrics["gpqa"]["prompts_too_long"] == 1
     assert 0.1 < metrics["demo"]["accuracy"] < 0.5 < metrics["demo"]["pass@4"] + 0.1
-    lines = evaluation.read_records(folder / "samples.jsonl")
-    assert len(lines) == 4 * sum(counts.values())
+    assert len(lines(folder / "samples.jsonl")) == 4 * sum(counts.values())
     assert sorted(p.name for p in folder.iterdir()) == ["results.json", "samples.jsonl"]
     text = (folder / "samples.jsonl").read_text() + (folder / "results.json").read_text() + console
     assert "Which one is" not in text and "right 1" not in text
@@ -374,7 +414,7 @@ def test_killed_on_one_rank_and_finished_by_two(whole, data, tmp_path):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    before = evaluation.read_records(path)
+    before = lines(path)
     assert 4 <= len(before) < 4 * 160
     with path.open("a") as file:
         file.write('{"benchmark": "demo", "id"')
@@ -382,9 +422,10 @@ def test_killed_on_one_rank_and_finished_by_two(whole, data, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "(0 were finished before)" not in done.stdout
     assert samples(out) == samples(whole[0])
-    assert evaluation.read_records(path)[: len(before)] == before
+    assert lines(path)[: len(before)] == before
     assert numbers(out) == numbers(whole[0])
     assert sorted(p.name for p in out.iterdir()) == ["results.json", "samples.jsonl"]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
 def test_finished_evaluations_need_no_engine_and_keep_their_settings(whole, data, monkeypatch,
@@ -431,6 +472,207 @@ def test_bad_input_is_one_sentence(flags, says, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert says in error
+
+
+# ---- words and run folders ----------------------------------------------------------------------
+
+# The metrics of a training run with a reference model, besides those of its evaluations.
+TRAINED = set("""
+    step reward accuracy response_length response_length_positive response_length_negative truncated
+    no_answer grader_timeout grader_error grader_bad_reference groups_drawn dead_groups
+    dead_all_correct rollout_tokens entropy entropy_positive entropy_negative mismatch_mean
+    mismatch_max tis_weight tis_capped kl_ref ratio clip_low clip_high kl_old loss ratio_max
+    ratio_max_deviation grad_norm updates skipped_updates tokens_per_second seconds seconds_generate
+    seconds_grade seconds_score seconds_update seconds_sync rho_positive rho_negative lr
+""".split())
+
+
+def names_of(folder):
+    """The metrics that a run's or an evaluation's folder has, under the names of metrics.jsonl."""
+    path = folder / "results.json"
+    results = json.loads(path.read_text())["benchmarks"] if path.exists() else {}
+    return {name for line in lines(folder / "metrics.jsonl") for name in line} | {
+        f"eval_{name}" for metrics in results.values() for name in metrics}
+
+
+def test_the_words_are_those_of_the_metrics_there_are(whole):
+    names = TRAINED | names_of(whole[0])
+    words = {name: evaluation.describe(name) for name in names}
+    assert all(all(entry) for entry in words.values())  # label, unit, meaning
+    assert set(map(evaluation.describe, evaluation.METRICS)) == set(words.values())
+    assert len({label for label, _, _ in set(words.values())}) == len(evaluation.METRICS)
+    assert evaluation.describe("pass@16") == evaluation.describe("eval_pass@2")
+    assert evaluation.describe("length") == evaluation.describe("eval_length")
+    for unknown in ("nope", "pass@", "eval_reward", "maj@k", "eval_eval_n"):
+        with pytest.raises(KeyError):
+            evaluation.describe(unknown)
+
+
+def test_glossary(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "72")
+    evaluation.main(["glossary"])
+    text = capsys.readouterr().out.splitlines()
+    assert max(map(len, text)) <= 72
+    assert [line.split()[0] for line in text if line[0] != " "] == list(evaluation.METRICS)
+    assert {re.match(" *", line).end() for line in text if line[0] == " "} == {
+        text[0].index(evaluation.describe("step")[0], 4)}  # one column
+    evaluation.main(["glossary", "entropy", "eval_maj@8"])
+    text = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in text if line[0] != " "] == ["entropy", "eval_maj@8"]
+    with pytest.raises(SystemExit):
+        evaluation.main(["glossary", "nope"])
+    assert capsys.readouterr().err == "error: glossary nope: no such metric; give none to see all\n"
+
+
+def test_help_has_the_protocol_and_the_file_names(capsys):
+    with pytest.raises(SystemExit):
+        evaluation.main(["--help"])
+    text = capsys.readouterr().out
+    files = {bench.file for bench in evaluation.BENCHMARKS.values()} | {evaluation.LCB_FILES[-1]}
+    words = {"temperature 0.6", "top_p 0.95", "8192", "clustered by problem", "default: 0.95"}
+    assert not [word for word in words | files if word not in text]
+
+
+def settings(path, **changes):
+    return dict(setting="demo", preset="a3po", seed=3, resume="", output_dir=str(path)) | changes
+
+
+def test_a_run_names_its_folder_and_writes_over_no_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = evaluation.RunFolder(settings(""))
+    assert re.fullmatch(r"runs/demo-a3po-seed3-\d{4}-\d{6}", str(folder.path))
+    assert folder.checkpoints == folder.path / "checkpoints" and not list(tmp_path.iterdir())
+    folder.open(0)
+    config = json.loads((folder.path / "config.json").read_text())
+    assert config.pop("environment").keys() >= {"commit", "torch", "python", "command"}
+    assert config == settings(folder.path)
+    with pytest.raises(UsageError) as error:  # a run that was killed early is one too
+        evaluation.RunFolder(settings(folder.path))
+    assert str(error.value) == (f"--output_dir {folder.path} holds a run already: go on with it "
+                                "(--resume auto) or give another folder")
+    assert evaluation.RunFolder(settings(folder.path, resume="auto")).path == folder.path
+
+
+def made_groups():
+    """Two groups of two samples, with what a user's reward function may return."""
+    groups = []
+    for i in range(2):
+        prompt = Prompt(Problem(f"p{i}", f"What is {i}+1?", str(i + 1)), [7, 8])
+        grade = Grade(np.bool_(i == 0), "1", "ok", reward=np.float32(0.5))
+        one = Sample(prompt, np.arange(3), np.zeros(3), "stop", f"\\boxed{{{i}}}", grade)
+        one.reward = np.float32(0.5)
+        groups.append([one, Sample(prompt, np.arange(2), np.zeros(2), "length", "other", grade)])
+    return groups
+
+
+def log(folder, steps, evaluate_at=()):
+    """Metrics and a response of each of the steps, and evaluations before some of them."""
+    values = np.random.default_rng(1).random((100, len(TRAINED)))
+    for step in steps:
+        if step in evaluate_at:
+            folder.log_eval(step, evaluation.summarize("math", [records([1, step > 2])]))
+        folder.log_step(dict(zip(sorted(TRAINED), values[step], strict=True)) | dict(step=step))
+        folder.log_rollouts(step, made_groups(), 1)
+
+
+def test_a_run_folder_and_its_console(tmp_path, capsys, monkeypatch):
+    clock = itertools.count(1000.0)  # a second from each look at it to the next
+    monkeypatch.setattr(evaluation.time, "time", lambda: next(clock))
+    folder = evaluation.RunFolder(settings(tmp_path / "run"))
+    folder.open(0)
+    log(folder, range(60), [0, 20])
+    folder.log_eval(60, evaluation.summarize("math", [records([1, 1])]))
+    folder.finish()
+    out = capsys.readouterr().out
+    console = [line for line in out.splitlines() if line[:1] == " "]
+    assert console[0] == "     0  held-out accuracy 0.500 +- 0.000, length 10.0"
+    heading = ("  step    reward   entropy    length       rho ratio max  mismatch      dead"
+               " grad norm  tokens/s   seconds")
+    table = [line for line in console if "held-out" not in line]
+    assert 22 < len(table) < 60  # not every step
+    assert [i for i, line in enumerate(table) if line == heading] == list(range(0, len(table), 21))
+    steps = [line for line in lines(folder.path / "metrics.jsonl") if "reward" in line]
+    at, reward = table[1].split()[:2]
+    assert reward == f"{steps[int(at)]['reward']:.3f}" and len(table[1]) == len(heading)
+    assert len(steps) == 60 and steps[0].keys() == TRAINED
+    first, *_ = rollouts = lines(folder.path / "rollouts.jsonl")
+    assert len(rollouts) == 60 and first == dict(
+        step=0, id="p0", problem="What is 0+1?", response="\\boxed{0}", reference="1",
+        extracted="1", correct=True, status="ok", reward=0.5, length=3, finish_reason="stop")
+    summary = (folder.path / "summary.md").read_text()
+    assert "before (step 0)" in summary and "after (step 60)" in summary and summary in out
+    assert (folder.path / "curves.png").stat().st_size > 10_000
+    assert sorted(path.name for path in folder.path.iterdir()) == [
+        "config.json", "curves.png", "metrics.jsonl", "rollouts.jsonl", "summary.md"]
+
+
+def test_going_on_drops_what_will_be_written_again(tmp_path, capsys):
+    whole, cut = (evaluation.RunFolder(settings(tmp_path / name)) for name in ("whole", "cut"))
+    whole.open(0)
+    cut.open(0)
+    log(whole, range(6), [0, 3, 5])
+    log(cut, range(5), [0, 3])
+    for name in ("metrics.jsonl", "rollouts.jsonl"):  # by a kill
+        with (cut.path / name).open("a") as file:
+            file.write('{"step": 5, "rew')
+    again = evaluation.RunFolder(settings(cut.path, resume="auto"))
+    again.open(3)
+    once = [(cut.path / name).read_text() for name in ("metrics.jsonl", "rollouts.jsonl")]
+    again.open(3)  # opened twice it is the same
+    assert once == [(cut.path / name).read_text() for name in ("metrics.jsonl", "rollouts.jsonl")]
+    assert {line["step"] for text in once for line in map(json.loads, text.splitlines())} == {
+        0, 1, 2}
+    log(again, range(3, 6), [0, 3, 5])
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        assert (cut.path / name).read_text() == (whole.path / name).read_text()
+    whole.finish()
+    again.finish()
+    assert (cut.path / "summary.md").read_text() == (whole.path / "summary.md").read_text()
+    assert not [path for path in cut.path.iterdir() if path.name[0] == "."]
+
+
+def test_a_kill_while_a_run_is_reopened_loses_nothing(tmp_path, monkeypatch):
+    folder = evaluation.RunFolder(settings(tmp_path))
+    folder.open(0)
+    log(folder, range(6))
+    before = (tmp_path / "metrics.jsonl").read_text()
+    replace = Path.replace
+
+    def killed(self, target):
+        if target.name == "metrics.jsonl":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        folder.open(3)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    monkeypatch.undo()
+    folder.open(3)
+    assert before.startswith((tmp_path / "metrics.jsonl").read_text())
+
+
+def test_other_ranks_take_rank_0s_folder_and_write_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(rollout, "gather", lambda paths: [Path("runs/of-rank-0"), *paths])
+    folder = evaluation.RunFolder(settings(""))
+    folder.open(0)
+    log(folder, range(3), [0])
+    folder.finish()
+    assert folder.checkpoints == Path("runs/of-rank-0/checkpoints")
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+
+
+def test_the_example_shows_where_the_loss_applies(capsys):
+    class Letters:
+        def decode(self, ids):
+            return "".join("abcdefghi"[i] for i in ids)
+
+    evaluation.show_example(made_groups()[0][0], Letters())
+    out = capsys.readouterr().out
+    assert "2 prompt tokens (mask 0), 3 response tokens (mask 1), finish reason stop" in out
+    assert "[0] 'hi'\n[1] 'abc'\n    extracted '1', reference '1': correct (ok)\n" in out
 
 
 # ---- compare and plot ---------------------------------------------------------------------------
@@ -511,9 +753,9 @@ def made_run(folder, preset, seed, level):
     config = dict(preset=preset, seed=seed, output_dir=str(folder), resume="", environment={},
                   lr=1e-4, rho_positive=2.0 if preset == "a3po" else 1.0)
     (folder / "config.json").write_text(json.dumps(config))
-    lines = [dict(step=s, accuracy=level + 0.002 * s + 0.02 * rng.normal(), entropy=0.5,
-                  eval_accuracy=level + 0.002 * s) for s in range(30 + seed)]
-    write(folder / "metrics.jsonl", lines)
+    records = [dict(step=s, accuracy=level + 0.002 * s + 0.02 * rng.normal(), entropy=0.5,
+                    eval_accuracy=level + 0.002 * s) for s in range(30 + seed)]
+    write(folder / "metrics.jsonl", records)
     return folder
 
 
@@ -526,7 +768,7 @@ def test_runs_that_differ_in_the_seed_become_one_band(tmp_path, monkeypatch, cap
     evaluation.main(["plot", *map(str, folders)])
     assert capsys.readouterr().out.strip() == "curves.png"
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-    assert evaluation.plot_run(folders[0]) == folders[0] / "curves.png"
+    assert evaluation.plot_runs(folders[:1], tmp_path / "one.png").stat().st_size > 10_000
     import matplotlib.pyplot as pyplot
 
     axis = pyplot.subplots()[1]

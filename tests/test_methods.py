@@ -4,20 +4,22 @@ import copy
 import math
 import statistics
 
+import numpy as np
 import pytest
 import torch
-from gradient_worker import fixed_rows
+from gradient_worker import Recorder, fixed_samples, one_mini_batch
 from transformers import AutoModelForCausalLM
 
 import a3po
+from verify import Grade
 
-G = 5  # the ten fixed rows are two groups
+G = 5  # the ten fixed samples are two groups
 
 
 @pytest.fixture(scope="module")
 def situation(tiny_model):
-    """Rows scored by an old policy, the policy three small steps later, a reference model; and of
-    the last two the full distributions, from transformers' own forward pass."""
+    """Samples scored by an old policy, the policy three small steps later, a reference model; and
+    of the last two the full distributions, from transformers' own forward pass."""
     torch.manual_seed(0)
     models = {}
     for name, noise in (("old", 0.0), ("new", 0.02), ("ref", 0.02)):
@@ -26,47 +28,40 @@ def situation(tiny_model):
             for parameter in model.parameters():
                 parameter.add_(noise * torch.randn_like(parameter))
         models[name] = model
-    rows = fixed_rows()
-    for i, row in enumerate(rows):
-        row.correct = i % 3 == 0
-    rewards = torch.tensor([float(row.correct) for row in rows])
-    slow = []
-    for row in rows:
-        ids = torch.tensor([*row.prompt_ids, *row.ids.tolist()])
-        facts = dict(correct=row.correct, n=len(row.ids), ids=row.ids.tolist())
+    samples, slow = fixed_samples(), []
+    for i, sample in enumerate(samples):
+        sample.grade, sample.reward = Grade(i % 3 == 0, None), float(i % 3 == 0)
+        prompt = sample.prompt.ids
+        ids = torch.tensor([*prompt, *sample.ids.tolist()])
+        facts = dict(correct=sample.correct, n=len(sample.ids), ids=sample.ids.tolist())
         for name, model in models.items():
             with torch.no_grad():
-                logits = model(ids[None]).logits[0, len(row.prompt_ids) - 1 : -1].double()
+                logits = model(ids[None]).logits[0, len(prompt) - 1 : -1].double()
             facts[name] = logits.log_softmax(-1).tolist()
         sampled = [facts["old"][t][i] for t, i in enumerate(facts["ids"])]
         noise = torch.randn(len(sampled), dtype=torch.float64) * 0.5
         facts["rollout"] = [p + z for p, z in zip(sampled, noise.tolist(), strict=True)]
-        row.rollout_logprobs = torch.tensor(facts["rollout"]).float().numpy()
+        sample.logprobs = np.array(facts["rollout"], np.float32)
         slow.append(facts)
-    return tiny_model, models, rows, rewards, slow
+    return tiny_model, models, samples, slow
 
 
 def loss_of(situation, *flags: str, step: int = 0) -> tuple[float, torch.Tensor]:
     """Our loss of one mini-batch, and its gradient."""
-    path, models, rows, rewards, _ = situation
-    config = a3po.parse_args(["--setting=demo", f"--model={path}", *flags])
-    policy = a3po.Policy(a3po.load_model(config, path, "cpu"), config)
-    reference = None
-    if config.kl_coef and not config.proxy_kappa:
-        reference = a3po.Policy(a3po.load_model(config, path, "cpu"), config)
+    path, models, samples, _ = situation
+    config = a3po.parse_args(["--setting=demo", f"--model={path}", f"--group_size={G}",
+                              "--max_grad_norm=1e9", *flags])
+    policy, model, reference, _ = a3po.build(config, "cpu", "grids", None)
+    if reference is not None:
         reference.model.load_state_dict(models["ref"].state_dict())
-    rows = copy.deepcopy(rows)
-    if config.advantage == "raw":
-        advantages = torch.where(rewards > 0, 1.0, -1.0)
-    else:
-        advantages = a3po.group_advantages(rewards, G, config.norm_std)
-    for row, advantage in zip(rows, advantages.tolist(), strict=True):
-        row.advantage = advantage
-    a3po.score(policy, reference, [rows], config, "cpu")
-    knobs = a3po.set_knobs(rows, config, step)
-    policy.model.load_state_dict(models["new"].state_dict())
-    sums = a3po.backward(policy, [rows], config, knobs, "cpu")
-    return sums["loss"], torch.cat([p.grad.flatten() for p in policy.parameters()])
+    samples = copy.deepcopy(samples)
+    a3po.set_advantages([samples[:G], samples[G:]], config)
+    mini_batches = one_mini_batch(samples, config)
+    a3po.score(policy, reference, mini_batches, config)
+    model.load_state_dict(models["new"].state_dict())
+    recorder = Recorder(model)
+    metrics = a3po.update(policy, recorder, mini_batches, config, a3po.rho_at(step, config))
+    return metrics["loss"], recorder.flat()
 
 
 def slow_loss(preset: str, slow: list[dict], step: int = 0) -> float:
@@ -183,29 +178,36 @@ def test_cells_choose_what_they_say(cell):
 def test_methods_make_equally_many_updates(tiny_model):
     counts = []
     for preset in ("dapo", "psr", "nsr", "a3po"):
-        config = a3po.parse_args(["--setting=demo", f"--model={tiny_model}", f"--preset={preset}"])
-        policy, _, _, optimizer = a3po.build(config, "cpu")
-        rows = fixed_rows()
-        a3po.score(policy, None, [rows], config, "cpu")
-        halves = [[rows[:5]], [rows[5:]]]
-        metrics = a3po.update(policy, optimizer, halves, config, a3po.Knobs(), "cpu")
+        config = a3po.parse_args(["--setting=demo", f"--model={tiny_model}", f"--preset={preset}",
+                                  "--mini_batches=2"])
+        policy, _, _, optimizer = a3po.build(config, "cpu", "grids", None)
+        samples = fixed_samples()
+        mini_batches = a3po.make_batches([samples[:5], samples[5:]], config, 0, "cpu", "grids")
+        a3po.score(policy, None, mini_batches, config)
+        metrics = a3po.update(policy, optimizer, mini_batches, config, a3po.rho_at(0, config))
         counts.append(metrics["updates"])
     assert counts == [2, 2, 2, 2]
 
 
-def test_dead_groups_have_no_gradient_but_count_in_the_mean(situation):
-    """A group with equal rewards has advantage 0; without dynamic sampling its tokens stay in the
-    denominator, as in GRPO."""
-    path, models, rows, _, _ = situation
-    config = a3po.parse_args(["--setting=demo", f"--model={path}", "--preset=dapo"])
-    policy = a3po.Policy(a3po.load_model(config, path, "cpu"), config)
-    live, dead = copy.deepcopy(rows[:5]), copy.deepcopy(rows[5:])
-    for row in live:
-        row.advantage = 1.0 if row.correct else -1.0
-    for row in dead:
-        row.advantage = 0.0
-    a3po.score(policy, None, [live + dead], config, "cpu")
-    alone = a3po.backward(policy, [live], config, a3po.Knobs(), "cpu")["loss"]
-    both = a3po.backward(policy, [live + dead], config, a3po.Knobs(), "cpu")["loss"]
-    tokens = [sum(len(row.ids) for row in part) for part in (live, dead)]
-    assert both == pytest.approx(alone * tokens[0] / sum(tokens), rel=1e-4)
+@pytest.mark.parametrize("agg", a3po.LOSS_AGGS)
+def test_dead_groups_have_no_gradient_but_count_in_the_mean(situation, agg):
+    """A group with equal rewards has advantage 0; without dynamic sampling its tokens (or
+    responses) stay in the denominator, as in GRPO."""
+    path, _, samples, _ = situation
+    config = a3po.parse_args(["--setting=demo", f"--model={path}", "--preset=dapo",
+                              f"--loss_agg={agg}"])
+    policy, model, _, _ = a3po.build(config, "cpu", "grids", None)
+    live, dead = copy.deepcopy(samples[:5]), copy.deepcopy(samples[5:])
+    for sample in live:
+        sample.advantage = 1.0 if sample.correct else -1.0
+    for sample in dead:
+        sample.advantage = 0.0
+    losses = []
+    for chosen in (live, live + dead):
+        mini_batches = one_mini_batch(chosen, config)
+        a3po.score(policy, None, mini_batches, config)
+        rho = a3po.rho_at(0, config)
+        losses.append(a3po.update(policy, Recorder(model), mini_batches, config, rho)["loss"])
+    tokens = [sum(len(sample.ids) for sample in part) for part in (live, live + dead)]
+    share = tokens[0] / tokens[1] if agg == "token-mean" else 0.5
+    assert losses[1] == pytest.approx(losses[0] * share, rel=1e-4)

@@ -1,12 +1,15 @@
 """Data, template, sampler (fast); the engine and its weight sync (real vLLM, in a subprocess)."""
 
 import json
+from concurrent.futures import Future
 
+import numpy as np
 import pytest
 from conftest import ROOT, make_model, run
 
 import rollout
-from rollout import PromptSampler, UsageError
+from rollout import PromptSampler
+from verify import Grade, UsageError
 
 
 def write(path, rows):
@@ -137,6 +140,98 @@ def test_sampler_shuffles_by_seed_covers_epochs_and_resumes():
     assert ids(parts.next(5)) + ids(parts.next(1)) == ids(first)[:6]
     assert ids(PromptSampler(prompts, seed=1, cursor=6).next(15)) == ids(first)[6:]
     assert ids(PromptSampler(prompts, seed=2).next(7)) != ids(first)[:7]
+
+
+class SlowJudge:
+    """Grades right away, or (the odd ones) only when it is told to."""
+
+    def __init__(self):
+        self.late = []
+
+    def __call__(self, problem, text):
+        future = Future()
+        if int(text) % 2:
+            self.late.append(future)
+        else:
+            future.set_result(Grade(True, text))
+        return future
+
+
+class Script:
+    """Engine and tokenizer: the text of response j to prompt i is i * n + j."""
+
+    tensor_parallel = 1
+
+    def __init__(self, judge):
+        self.judge = judge
+
+    def generate(self, prompts, n, seeds, **sampling):
+        for i in reversed(range(len(prompts) * n)):  # responses end in any order
+            ids = np.array([100 * prompts[i // n].ids[0] + i % n])
+            yield i, rollout.Sample(prompts[i // n], ids, np.zeros(1), "stop")
+        for future in self.judge.late:
+            future.set_result(Grade(False, None))
+
+    def decode(self, ids, **_):
+        return str(ids[0])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_groups_come_whole_graded_and_once_for_any_number_of_ranks(monkeypatch, ranks):
+    prompts = [rollout.Prompt(rollout.Problem(str(p), "", ""), [p]) for p in range(5)]
+    found = {}
+    monkeypatch.setattr(rollout, "world_size", lambda: ranks)
+    for rank in range(ranks):
+        monkeypatch.setattr(rollout, "rank", lambda rank=rank: rank)
+        judge = SlowJudge()
+        engine = Script(judge)
+        for p, group in rollout.sample(engine, engine, judge, prompts, 3, [0] * 5, seconds={}):
+            assert p % ranks == rank and p not in found
+            found[p] = group
+    assert sorted(found) == list(range(5))
+    for p, group in found.items():
+        assert [sample.text for sample in group] == [str(100 * p + j) for j in range(3)]
+        assert [sample.correct for sample in group] == [True, False, True]
+        assert [sample.reward for sample in group] == [1.0, 0.0, 1.0]
+        assert all(sample.prompt is prompts[p] for sample in group)
+
+
+def test_a_group_is_yielded_while_others_are_generated():
+    """And a group whose grade is late does not hold up the others."""
+    prompts = [rollout.Prompt(rollout.Problem(str(p), "", ""), [p]) for p in range(3)]
+    order = []
+
+    class Watched(Script):
+        def generate(self, prompts, n, seeds, **sampling):
+            for i, response in super().generate(prompts, n, seeds):
+                order.append(f"response {i}")
+                yield i, response
+
+    judge = SlowJudge()
+    engine = Watched(judge)
+    for p, _ in rollout.sample(engine, engine, judge, prompts, 1, [0] * 3, seconds={}):
+        order.append(f"group {p}")
+    assert order == ["response 2", "group 2", "response 1", "group 1", "response 0", "group 0"]
+
+
+def test_reward_functions_are_judges(tmp_path, monkeypatch):
+    """They get the text and the Problem; without a flag the advantage's sign is the polarity."""
+    (tmp_path / "my_rewards.py").write_text(
+        "def half(response, problem):\n    return 0.5 * (problem.reference in response)\n"
+        "def flagged(response, problem):\n    return 0.25, len(response) > 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    problem = rollout.Problem("7", "1+1", "2")
+    grade = rollout.judge_by_function("my_rewards:half")(problem, "It is 2").result()
+    assert (grade.reward, grade.correct, grade.status) == (0.5, None, "ok")
+    sample = rollout.Sample(None, np.zeros(1), np.zeros(1), "stop", grade=grade)
+    for sample.advantage, correct in ((0.1, True), (-0.1, False)):
+        assert sample.correct is correct
+    grade = rollout.judge_by_function("my_rewards:flagged")(problem, "It is 2").result()
+    assert (grade.reward, grade.correct) == (0.25, True)
+    for name in ("my_rewards:none", "my_rewards", "nowhere:f"):
+        with pytest.raises(UsageError, match="expected module:function"):
+            rollout.judge_by_function(name)
 
 
 def test_request_seeds_are_far_apart():

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, run
 
 import a3po
+import eval as evaluation
 
 SHORT = ["a3po.py", "--setting=demo", "--eval_limit=32", "--prompts_per_step=8", "--group_size=4",
          "--mini_batches=2", "--seed=3"]
@@ -47,7 +48,9 @@ def test_the_run_folder_is_complete(whole_run):
     wanted += "rho_positive rho_negative ratio_max_deviation mismatch_mean grad_norm clip_low "
     wanted += "clip_high dead_groups skipped_updates grader_timeout"
     assert not set(wanted.split()) - steps[0].keys()
-    assert all(line["ratio_max_deviation"] <= 1e-5 for line in steps)
+    assert all(line["ratio_max_deviation"] == 0 for line in steps)
+    for name in {name for line in lines for name in line} - {"step"}:
+        assert all(evaluation.describe(name)), name  # label, unit, sentence
     assert all(line["mismatch_max"] <= 1e-4 for line in steps)
     assert [line["rho_positive"] for line in steps[:2]] == [2.0, 2.0 - 0.015]
     assert json.loads((folder / "config.json").read_text())["preset"] == "a3po"

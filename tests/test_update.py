@@ -7,10 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import make_model, run
-from gradient_worker import fixed_rows
+from gradient_worker import Recorder, fixed_samples, one_mini_batch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import a3po
+import model as policy_model
 import rollout
 
 
@@ -26,7 +28,8 @@ def test_chunked_logprobs_equal_full_logits(n, chunk, temperature):
     hidden, weight = torch.randn(n, 16), torch.randn(50, 16)
     targets, up = torch.randint(50, (n,)), torch.randn(2, n)
     grads = []
-    for function, extra in ((full_logprobs, ()), (a3po.TokenLogprobs.apply, (chunk, 0.0))):
+    chunked = policy_model.TokenLogprobs.apply
+    for function, extra in ((full_logprobs, ()), (chunked, (chunk, 0.0))):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         logprobs, entropy, *_ = function(h, w, targets, temperature, *extra)
         (logprobs * up[0] + entropy * up[1]).sum().backward()
@@ -36,66 +39,127 @@ def test_chunked_logprobs_equal_full_logits(n, chunk, temperature):
 
 
 def demo_config(model: str, *flags: str) -> a3po.Config:
-    return a3po.parse_args(["--setting=demo", f"--model={model}", *flags])
+    return a3po.parse_args(["--setting=demo", f"--model={model}", "--max_grad_norm=1e9", *flags])
 
 
-def scored_rows(policy, config) -> list[a3po.Row]:
-    rows = fixed_rows()
-    a3po.score(policy, None, [rows], config, "cpu")
-    return rows
+def build(model: str, *flags: str):
+    """(config, policy, inner model)"""
+    config = demo_config(model, *flags)
+    policy, inner, _, _ = a3po.build(config, "cpu", "grids", None)
+    return config, policy, inner
+
+
+def gradient_of(config, policy, inner, mini_batches, rho=None) -> torch.Tensor:
+    recorder = Recorder(inner)
+    a3po.update(policy, recorder, mini_batches, config, rho or a3po.rho_at(0, config))
+    return recorder.flat()
+
+
+def scored(config, policy, samples=None):
+    mini_batches = one_mini_batch(samples or fixed_samples(), config)
+    a3po.score(policy, None, mini_batches, config)
+    return mini_batches
 
 
 def test_packed_policy_equals_the_models_own_logits_row_by_row(tiny_model):
-    config = demo_config(tiny_model)
-    policy = a3po.Policy(a3po.load_model(config, tiny_model, "cpu"), config)
+    _, policy, _ = build(tiny_model)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager")
-    rows = fixed_rows()
-    batch = a3po.collate(rows, "cpu")
+    samples = fixed_samples()
     with torch.no_grad():
-        logprobs, entropy, _ = a3po.run_policy(policy, batch, config)
-        for i, row in enumerate(rows):
-            ids = torch.tensor([*row.prompt_ids, *row.ids.tolist()])
-            logp = model(ids[None]).logits[0, len(row.prompt_ids) - 1 : -1].log_softmax(-1)
-            expected = logp.gather(1, ids[len(row.prompt_ids) :, None])[:, 0]
-            n = len(row.ids)
+        logprobs, entropy, _ = policy(policy_model.collate(samples, "cpu", "grids"))
+        for i, sample in enumerate(samples):
+            prompt, n = len(sample.prompt.ids), len(sample.ids)
+            ids = torch.tensor([*sample.prompt.ids, *sample.ids.tolist()])
+            logp = model(ids[None]).logits[0, prompt - 1 : -1].log_softmax(-1)
+            expected = logp.gather(1, ids[prompt:, None])[:, 0]
             assert torch.allclose(logprobs[i, :n], expected, atol=1e-5)
             assert torch.allclose(entropy[i, :n], -(logp.exp() * logp).sum(-1), atol=1e-5)
             assert (logprobs[i, n:] == 0).all()
 
 
+def test_a_batch_holds_what_its_samples_hold():
+    samples = fixed_samples()
+    batch = policy_model.collate(samples, "cpu", "grids")
+    assert batch["mask"].sum(1).tolist() == [len(sample.ids) for sample in samples]
+    assert batch["correct"].tolist() == [sample.correct for sample in samples]
+    assert batch["targets"].tolist() == [i for sample in samples for i in sample.ids]
+    assert torch.equal(batch["places"], batch["mask"].flatten().nonzero()[:, 0])
+    for i, sample in enumerate(samples):
+        n = len(sample.ids)
+        assert batch["rollout_logprobs"][i, :n].tolist() == sample.logprobs.tolist()
+        assert (batch["rollout_logprobs"][i, n:] == 0).all()
+        assert (batch["advantage"][i] == sample.advantage).all()
+    first = batch["ids"][: len(samples[0].prompt.ids) + 1].tolist()  # its prompt and its one token
+    assert first == [*samples[0].prompt.ids, *samples[0].ids]
+    assert batch["positions"][:5].tolist() == [0, 1, 2, 3, 4]
+
+
+def written_out(q, k, v, bounds, bounds_k, longest, longest_k, *, scale, window_size):
+    """varlen_attn's contract."""
+    assert torch.equal(bounds, bounds_k) and bounds[-1] == len(q) == len(k)
+    assert bounds.dtype == torch.int32 and bounds[0] == 0
+    assert window_size == (-1, 0) and longest == longest_k == bounds.diff().max()
+    pieces = []
+    for a, b in pairwise(bounds.tolist()):
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], k[a:b]) * scale
+        future = torch.ones(b - a, b - a, dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(future, -math.inf).softmax(-1)
+        pieces.append(torch.einsum("hqk,khd->qhd", weights, v[a:b]))
+    return torch.cat(pieces)
+
+
 def test_varlen_path_equals_the_cpu_path(tiny_model, monkeypatch):
     """With the GPU kernel's contract written out in its place, what surrounds it can be tested."""
-    def varlen_attn(q, k, v, bounds, bounds_k, longest, longest_k, *, scale, window_size):
-        assert torch.equal(bounds, bounds_k) and bounds[-1] == len(q) == len(k)
-        assert window_size == (-1, 0) and longest == longest_k == bounds.diff().max()
-        pieces = []
-        for a, b in pairwise(bounds.tolist()):
-            scores = torch.einsum("qhd,khd->hqk", q[a:b], k[a:b]) * scale
-            future = torch.ones(b - a, b - a, dtype=torch.bool).triu(1)
-            weights = scores.masked_fill(future, -math.inf).softmax(-1)
-            pieces.append(torch.einsum("hqk,khd->qhd", weights, v[a:b]))
-        return torch.cat(pieces)
-
-    def results():
-        policy.zero_grad()
-        logprobs, entropy, _ = a3po.run_policy(policy, batch, config)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", written_out)
+    results = []
+    for kernel in ("varlen", "grids"):
+        policy, _, _, _ = a3po.build(demo_config(tiny_model), "cpu", kernel, None)
+        logprobs, entropy, _ = policy(policy_model.collate(fixed_samples(), "cpu", kernel))
         (logprobs + entropy).square().sum().backward()
-        return [logprobs.detach(), *(p.grad.clone() for p in policy.parameters())]
-
-    config = demo_config(tiny_model)
-    policy = a3po.Policy(a3po.load_model(config, tiny_model, "cpu"), config)
-    batch = a3po.collate(fixed_rows(), "cpu")
-    expected, packing = results(), a3po.Packing
-
-    def without_grids(*args):
-        made = packing(*args)
-        made.grids = []
-        return made
-
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-    monkeypatch.setattr(a3po, "Packing", without_grids)
-    for ours, theirs in zip(results(), expected, strict=True):
+        results.append([logprobs.detach(), *(p.grad.clone() for p in policy.parameters())])
+    for ours, theirs in zip(*results, strict=True):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Refuses reads from the device and shapes that depend on data."""
+
+    REFUSED = {"_local_scalar_dense", "nonzero", "masked_select", "unique2", "unique_dim", "equal"}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket.__name__ not in self.REFUSED, function
+        if function.overloadpacket.__name__ in ("index", "index_put", "index_put_"):
+            assert not any(i is not None and i.dtype == torch.bool for i in args[1]), function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("preset", ["a3po", "grpo", "fork_tokens", "lp_reg"])
+@pytest.mark.parametrize("kernel", ["grids", "varlen"])
+def test_from_the_batch_to_the_step_nothing_is_read_but_the_statistics(
+    tiny_model, monkeypatch, preset, kernel
+):
+    """Each read from a GPU waits for it. `read` is called once per mini-batch."""
+    flags = [f"--preset={preset}", "--micro_batch_tokens=60", "--mini_batches=2"]
+    config = demo_config(tiny_model, *flags)
+    policy, inner, reference, _ = a3po.build(config, "cpu", kernel, None)
+    samples, reads = fixed_samples(), []
+
+    def attention(q, k, v, bounds, *_, scale, **__):
+        return q * scale + k + v
+
+    def read(sums):
+        reads.append(sums)
+        return dict.fromkeys(sums, 1.0)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attention)
+    monkeypatch.setattr(a3po, "read", read)
+    mini_batches = a3po.make_batches([samples[:5], samples[5:]], config, 0, "cpu", kernel)
+    with NothingIsRead():
+        a3po.score(policy, reference, mini_batches, config)
+        a3po.update(policy, Recorder(inner), mini_batches, config, a3po.rho_at(0, config))
+    assert len(reads) == len(mini_batches) == 2
+    with pytest.raises(AssertionError), NothingIsRead():
+        torch.ones(3)[torch.tensor([True, False, True])]
 
 
 def worker(tmp_path, model, ranks, parallel, tokens, *flags):
@@ -127,101 +191,127 @@ def test_gradient_does_not_depend_on_micro_batches_or_ranks(tmp_path, tiny_model
             assert (gradient - other["gradient"][name]).abs().max() <= 1e-5 * scale, (split, name)
         for name, weight in whole["weights"].items():
             assert torch.allclose(weight, other["weights"][name], atol=2e-4), (split, name)
-        for key, value in whole["sums"].items():
-            assert other["sums"][key] == pytest.approx(value, rel=1e-4, abs=1e-4), (split, key)
+        for key, value in whole["metrics"].items():
+            assert other["metrics"][key] == pytest.approx(value, rel=1e-4, abs=1e-5), (split, key)
 
 
 def test_fresh_policy_has_ratio_one_whatever_the_batching(tiny_model):
-    config = demo_config(tiny_model, "--micro_batch_tokens=100000")
-    policy = a3po.Policy(a3po.load_model(config, tiny_model, "cpu"), config)
-    rows = scored_rows(policy, config)
-    config.micro_batch_tokens = 50
-    sums = a3po.backward(policy, [rows], config, a3po.Knobs(2.0, 2.0), "cpu")
-    assert sums["max_ratio_deviation"] <= 1e-5
+    for tokens in (50, 100_000):
+        config, policy, inner = build(tiny_model, f"--micro_batch_tokens={tokens}")
+        mini_batches = scored(config, policy)
+        metrics = a3po.update(policy, Recorder(inner), mini_batches, config, a3po.rho_at(0, config))
+        assert metrics["ratio_max_deviation"] == metrics["ratio_max"] == 0.0
 
 
 def test_on_policy_steps_skip_the_scoring_pass_and_get_the_same_gradient(tiny_model):
     gradients = []
     for mini_batches in (1, 2):
-        config = demo_config(tiny_model, f"--mini_batches={mini_batches}")
-        policy = a3po.Policy(a3po.load_model(config, tiny_model, "cpu"), config)
-        rows = scored_rows(policy, config)
-        assert (rows[0].old_logprobs is None) == (mini_batches == 1)
-        a3po.backward(policy, [rows], config, a3po.Knobs(2.0, 3.0), "cpu")
-        assert rows[0].old_logprobs is not None and rows[0].entropy is not None
-        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+        config, policy, inner = build(tiny_model, f"--mini_batches={mini_batches}")
+        batches = scored(config, policy)
+        assert ("old_logprobs" in batches[0][0]) == (mini_batches > 1)
+        gradients.append(gradient_of(config, policy, inner, batches))
+        assert {"old_logprobs", "entropy"} <= batches[0][0].keys()
     assert torch.allclose(*gradients, rtol=1e-5, atol=1e-6 * gradients[0].abs().max().item())
 
 
 def test_a_non_finite_gradient_is_skipped_and_counted(tiny_model):
-    config, knobs = demo_config(tiny_model), a3po.Knobs()
-    policy, model, _, optimizer = a3po.build(config, "cpu")
+    config = demo_config(tiny_model)
+    policy, model, _, optimizer = a3po.build(config, "cpu", "grids", None)
     before = copy.deepcopy(model.state_dict())
-    rows = scored_rows(policy, config)
-    good = copy.deepcopy(rows)
-    rows[7].advantage = math.inf
-    metrics = a3po.update(policy, optimizer, [[rows]], config, knobs, "cpu")
-    assert metrics["skipped_updates"] == 1
+    broken = fixed_samples()
+    broken[7].advantage = math.inf
+    rho = a3po.rho_at(0, config)
+    metrics = a3po.update(policy, optimizer, scored(config, policy, broken), config, rho)
+    assert metrics["skipped_updates"] == 1 and metrics["updates"] == 0
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    metrics = a3po.update(policy, optimizer, [[good]], config, knobs, "cpu")
+    metrics = a3po.update(policy, optimizer, scored(config, policy), config, rho)
     assert metrics["skipped_updates"] == 0 and metrics["grad_norm"] > 0
     assert not all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-def test_bins_keep_every_row_within_the_budget():
-    rows = fixed_rows()
+def test_bins_keep_every_sample_within_the_budget():
+    samples = fixed_samples()
     for budget in (1, 30, 60, 100, 10_000):
-        bins = a3po.pack(rows, budget)
-        assert sorted(id(r) for rows in bins for r in rows) == sorted(map(id, rows))
-        for bin in bins:
-            assert len(a3po.collate(bin, "cpu")["ids"]) <= budget or len(bin) == 1
+        bins = a3po.pack(samples, budget)
+        assert sorted(id(s) for chosen in bins for s in chosen) == sorted(map(id, samples))
+        for chosen in bins:
+            ids = policy_model.collate(chosen, "cpu", "grids")["ids"]
+            assert len(ids) == a3po.packed_length(chosen)
+            assert len(ids) <= budget or len(chosen) == 1
 
 
 def test_a_group_shares_its_prompt_where_it_fits():
-    rows = fixed_rows()
-    prompts = {id(row.prompt_ids): len(row.prompt_ids) for row in rows}
+    samples = fixed_samples()
+    prompts = {id(sample.prompt): len(sample.prompt.ids) for sample in samples}
     for budget in (80, 10_000):  # the largest group has 4 + 75 tokens
-        bins = a3po.pack(rows, budget)
-        tokens = sum(len(a3po.collate(bin, "cpu")["ids"]) for bin in bins)
-        assert tokens == sum(prompts.values()) + sum(len(row.ids) for row in rows)
+        bins = a3po.pack(samples, budget)
+        tokens = sum(len(policy_model.collate(chosen, "cpu", "grids")["ids"]) for chosen in bins)
+        assert tokens == sum(prompts.values()) + sum(len(sample.ids) for sample in samples)
 
 
 def test_every_rank_gets_equally_many_micro_batches(monkeypatch):
-    rows = fixed_rows()
-    shares = a3po.deal(rows, 3)
-    assert sorted(id(r) for share in shares for r in share) == sorted(map(id, rows))
+    """Of each kind, with and without a gradient; and all samples once."""
+    samples = fixed_samples()
+    shares = a3po.deal(samples, 3)
+    assert sorted(id(s) for share in shares for s in share) == sorted(map(id, samples))
+    config = a3po.parse_args(["--setting=demo", "--micro_batch_tokens=50", "--mini_batches=2"])
+    monkeypatch.setattr(a3po, "world_size", lambda: 3)
     plans = []
     for rank in range(3):
-        monkeypatch.setattr(rollout, "rank", lambda rank=rank: rank)
-        plans.append(a3po.schedule(shares, 50))
-    assert len({len(plan) for plan in plans}) == 1
-    worked = [r for plan in plans for batch, weight in plan if weight for r in batch]
-    assert sorted(map(id, worked)) == sorted(map(id, rows))
+        monkeypatch.setattr(a3po, "rank", lambda rank=rank: rank)
+        plans.append(a3po.make_batches([samples[:5], samples[5:]], config, 0, "cpu", "grids"))
+    for i in range(2):
+        kinds = [[batch["trained"] for batch in plan[i]] for plan in plans]
+        assert kinds[0] == kinds[1] == kinds[2]
+    batches = [batch for plan in plans for mini_batch in plan for batch in mini_batch]
+    lengths = [n for batch in batches for n in batch["mask"].sum(1).tolist() if n]
+    assert sorted(lengths) == sorted(len(sample.ids) for sample in samples)
+    assert any(not batch["mask"].any() for batch in batches)  # a rank had fewer
+    idle = [n for b in batches if not b["trained"] for n in b["mask"].sum(1).tolist() if n]
+    assert idle == [len(sample.ids) for sample in samples if sample.advantage == 0]
+
+
+def test_an_empty_micro_batch_has_a_gradient_of_zeros(tiny_model):
+    """Under FSDP and DDP its backward pass takes part in the collectives of all parameters."""
+    config, policy, inner = build(tiny_model, "--kl_coef=0.1")
+    empty = policy_model.collate([a3po.NOTHING], "cpu", "grids") | dict(trained=True)
+    real = one_mini_batch(fixed_samples(), config)
+    a3po.score(policy, policy, [[empty], *real], config)
+    alone = gradient_of(config, policy, inner, real)
+    assert torch.equal(gradient_of(config, policy, inner, [[*real[0], empty]]), alone)
+    policy(empty)[0].sum().backward()
+    assert all((p.grad == 0).all() for p in inner.parameters())
 
 
 def test_untied_heads_get_a_gradient(tmp_path):
-    config = demo_config(make_model(tmp_path / "untied", tied=False))
-    policy, inner, _, _ = a3po.build(config, "cpu")
-    a3po.backward(policy, [scored_rows(policy, config)], config, a3po.Knobs(), "cpu")
-    assert inner.lm_head.weight.grad.abs().max() > 0
+    config, policy, inner = build(make_model(tmp_path / "untied", tied=False))
+    recorder = Recorder(inner)
+    a3po.update(policy, recorder, scored(config, policy), config, a3po.rho_at(0, config))
+    assert recorder.gradient["lm_head.weight"].abs().max() > 0
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_model):
     gradients = []
     for flag in ("--gradient_checkpointing", "--no-gradient_checkpointing"):
-        config = demo_config(tiny_model, flag)
-        policy = a3po.Policy(a3po.load_model(config, tiny_model, "cpu"), config)
-        a3po.backward(policy, [scored_rows(policy, config)], config, a3po.Knobs(), "cpu")
-        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+        config, policy, inner = build(tiny_model, flag)
+        gradients.append(gradient_of(config, policy, inner, scored(config, policy)))
     assert torch.allclose(*gradients)
 
 
 def test_proxy_is_the_renormalised_distribution():
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(40, 8), torch.randn(30, 8), torch.randint(30, (40,))
-    proxy = a3po.TokenLogprobs.apply(hidden, weight, targets, 1.0, 7, 0.2)[2]
+    proxy = policy_model.TokenLogprobs.apply(hidden, weight, targets, 1.0, 7, 0.2)[2]
     for i, p in enumerate((hidden @ weight.T).softmax(-1).tolist()):
         kept = [x for x in p if x > 0.2 * max(p)]
         expected = math.log(p[targets[i]] / sum(kept)) if p[targets[i]] in kept else -math.inf
         assert proxy[i].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert proxy.isinf().any() and proxy.isfinite().any()
+
+
+def test_all_tokens_are_sorted_without_padding_and_over_ranks(tiny_model):
+    config, policy, _ = build(tiny_model, "--micro_batch_tokens=60")
+    batches = sum(scored(config, policy), [])
+    values = a3po.sort_all_tokens(batches, "old_logprobs")
+    expected = torch.cat([batch["old_logprobs"][batch["mask"]] for batch in batches])
+    assert torch.equal(values, expected.sort().values) and rollout.world_size() == 1

@@ -1,6 +1,8 @@
 """The command line, and the pool behind it: order, clear errors, nothing that raises."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -8,8 +10,10 @@ from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
+from test_sandbox import BURN, children
 
 import verify
+from verify import UsageError, read_jsonl
 
 VERIFY = str(Path(verify.__file__))
 MATH = {"id": 1, "kind": "math", "response": "\\boxed{5}", "answer": "5"}
@@ -54,6 +58,7 @@ def test_rows_in_order(tmp_path):
         "ok", "bad_reference", "ok",
     ]  # fmt: skip
     assert [x["extracted"] for x in out][:3] == ["5", None, "print(7)"]
+    assert {tuple(x) for x in out} == {("id", "correct", "extracted", "status", "detail")}
     assert "5 of 12 correct" in done.stderr and "3 bad_reference" in done.stderr
     assert "resource limits" in done.stderr  # the protections, since there is code
 
@@ -98,10 +103,14 @@ def test_empty_file(tmp_path):
 
 
 def test_import_is_light():
-    code = "import sys, verify; print({'torch', 'vllm', 'sympy', 'math_verify'} & {*sys.modules})"
-    folder = Path(VERIFY).parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
-    assert done.stdout == "set()\n"
+    code = (
+        "import sys, verify\n"
+        "others = {name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names\n"
+        "print(sorted(others))\n"
+    )
+    command = [sys.executable, "-S", "-c", code]  # without what a site-packages may load at start
+    done = subprocess.run(command, cwd=Path(VERIFY).parent, capture_output=True, text=True)
+    assert done.stdout == "['__main__', 'sandbox', 'verify']\n", done.stderr
 
 
 def test_submit_from_many_threads():
@@ -134,13 +143,84 @@ def test_list_keeps_order_and_counts(capsys):
 
 
 def test_a_dead_worker_is_replaced():
+    before = children()
     with verify.Graders(workers=1, timeout=60) as graders:
         assert graders.submit("math", "\\boxed{x+1}", "1+x").result().correct
-        graders._idle.queue[-1]._process.kill()
-        graders._idle.queue[-1]._process.wait()
+        (worker,) = children() - before
+        os.kill(worker, signal.SIGKILL)
+        os.waitid(os.P_PID, worker, os.WEXITED | os.WNOWAIT)  # it is dead, and not yet reaped
         assert graders.submit("math", "\\boxed{x+2}", "2+x").result().correct
+        assert graders.counts == {"ok": 2}
+
+
+def test_patient_close_counts_the_cpu_time_of_programs():
+    family, reaped = children(), sum(os.times()[2:4])
+    with verify.Graders(workers=1, timeout=60) as graders:
+        response = f"```\n{BURN}\n```"
+        assert graders.submit("code", response, QUESTION, time_limit=20).result().correct
+        (worker,) = children() - family
+        fields = Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()
+        own = sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")  # the worker's imports
+        graders.close(patience=20)
+    assert sum(os.times()[2:4]) - reaped - own > 0.5
 
 
 def test_unknown_kind_is_a_programming_error():
     with pytest.raises(ValueError, match="essay"):
         verify.grade("essay", "x", "y")
+
+
+# ---- JSON lines ---------------------------------------------------------------------------------
+
+
+def read(tmp_path, data, **options):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(data)
+    return [(where.removeprefix(f"{path}:"), row) for where, row in read_jsonl(path, **options)]
+
+
+@pytest.mark.parametrize(
+    "data, rows",
+    [
+        (b"", []),
+        (b"\n \n\t\r\n", []),
+        (b'{"a": 1}', [("1", {"a": 1})]),
+        (b'\n{"a": 1}\r\n\n{}\n', [("2", {"a": 1}), ("4", {})]),
+        # What other readers take for the end of a line: it may stand within a string.
+        ('{"a": "\u2028\u0085"}\n{}'.encode(), [("1", {"a": "\u2028\u0085"}), ("2", {})]),
+        (b'{"a":\r1}\n{"b": 2}', [("1", {"a": 1}), ("2", {"b": 2})]),
+    ],
+)
+def test_read_jsonl(tmp_path, data, rows):
+    assert read(tmp_path, data) == read(tmp_path, data, skip_broken=True) == rows
+
+
+BROKEN = [b'{"a": ', b"[" * 100_000, b'{"a": "\xc3', b"\x00\x00", b"9" * 5000, b'{"a": 1} {}']
+
+
+@pytest.mark.parametrize("line", BROKEN, ids=range(len(BROKEN)))
+def test_broken_lines(tmp_path, line):
+    data = b'{"a": 1}\n' + line
+    with pytest.raises(UsageError, match="rows.jsonl(:2: broken JSON: |: cannot be read: .*utf-8)"):
+        read(tmp_path, data)
+    assert read(tmp_path, data, skip_broken=True) == [("1", {"a": 1})]
+    after = read(tmp_path, data + b'\n{"b": 2}\n', skip_broken=True)
+    assert after == [("1", {"a": 1}), ("3", {"b": 2})]
+
+
+@pytest.mark.parametrize("line", [b"[1]", b"7", b"null", b'"text"'])
+@pytest.mark.parametrize("skip_broken", [False, True])
+def test_lines_that_are_no_objects(tmp_path, line, skip_broken):
+    with pytest.raises(UsageError, match=":2: a JSON object is expected, one per line$"):
+        read(tmp_path, b"{}\n" + line, skip_broken=skip_broken)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    missing = tmp_path / "none.jsonl"
+    with pytest.raises(UsageError, match="none.jsonl: cannot be read: "):
+        list(read_jsonl(missing))
+    assert list(read_jsonl(missing, skip_broken=True)) == []
+    for skip_broken in (False, True):
+        with pytest.raises(UsageError, match=": cannot be read: "):
+            list(read_jsonl(tmp_path, skip_broken))  # a folder
+    assert issubclass(UsageError, ValueError)

@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from test_sandbox import children, wait_until
 
 import verify
 
@@ -350,18 +351,6 @@ def test_one_test_leaves_nothing_for_the_next(graders):
     assert run(graders, code, [("", "7")] * 6).correct
 
 
-def processes(text):
-    """Command lines of all processes that contain text."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes().replace(b"\0", b" ").decode()
-        except OSError:
-            continue
-        found += [line] if text in line else []
-    return found
-
-
 def leftovers():
     found = [*Path("/tmp").glob("a3po-*"), *Path("/dev/shm").glob("a3po-*")]
     return [path for path in found if not belongs_to_another_run(path)]
@@ -378,18 +367,13 @@ def belongs_to_another_run(path):
 
 # Run in a process of its own, to deny it unshare, landlock or root.
 SCENARIO = """
-import ctypes, json, os, struct, sys
+import json, os, sys
 sys.path[:0] = json.loads(sys.argv[1])
-import verify
+import sandbox, verify
 deny, uid = json.loads(sys.argv[2])
 if deny:
     calls = {"unshare": (272, 97), "landlock": (444, 444)}
-    verify._DENIED, verify._ONLY_SELF, verify._IGNORED = {x: calls[x] for x in deny}, {}, {}
-    program = verify._seccomp_filter()
-    buffer = ctypes.create_string_buffer(program)
-    assert verify.libc.prctl(38, 1, 0, 0, 0) == 0
-    header = struct.pack("HP", len(program) // 8, ctypes.addressof(buffer))
-    assert verify.libc.prctl(22, 2, header) == 0
+    assert sandbox.apply_seccomp(sandbox.seccomp_filter([calls[x] for x in deny]))
 if uid is not None:
     os.setgroups([]); os.setgid(uid); os.setuid(uid)
 print(verify.protections())
@@ -428,9 +412,13 @@ def test_every_mode(ordinary, deny):
     python, uid = (system_python(), 65534) if ordinary else (sys.executable, None)
     path = search_path()
     seven_row, sum_row = row([("x", "7")]), row(CASES)
-    codes = [ADD, DAEMON + ADD, "while True: pass", BOMB, ADD, MESS, ADD]
+    late = ["while True: pass", BOMB]
+    codes = [ADD, DAEMON + ADD, *late, ADD, MESS, ADD]
     codes += [PROBE.format(textwrap.indent(code, "    ")) for code in REFUSED.values()]
-    items = [[f"```\n{c}\n```", sum_row if ADD in c else seven_row, {"time_limit": 2}] for c in codes]
+    items = []
+    for code in codes:
+        limit = {"time_limit": 1 if code in late else 2}
+        items.append([f"```\n{code}\n```", sum_row if ADD in code else seven_row, limit])
     done = subprocess.run(
         [python, "-c", SCENARIO, json.dumps(path), json.dumps([deny, uid])], text=True,
         input=json.dumps(items), capture_output=True, timeout=100,
@@ -448,59 +436,50 @@ def test_every_mode(ordinary, deny):
     assert leftovers() == []
 
 
+def family(pid):
+    """Process ids of a process and of all its descendants."""
+    found, new = set(), {pid}
+    while new:
+        found |= new
+        new = {child for parent in new for child in children(parent)}
+    return found
+
+
+def alive(pids):
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
 def test_nothing_left(graders):
+    before = children()
     with verify.Graders(workers=2, timeout=10) as pool:
         for code in (BOMB, DAEMON + ADD, MESS):
             run(pool, code, time_limit=1)
-        pids = {worker.pid for worker in pool._idle.queue if worker}
-    time.sleep(0.5)
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-            parents[int(path.parent.name)] = int(fields[1])
-        except OSError:
-            pass
-    assert not pids & (parents.keys() | set(parents.values()))
+        pids = set().union(*map(family, children() - before))
+        assert len(pids) >= 3  # a worker, its sandbox and the process that forks
+    assert wait_until(lambda: not alive(pids))
     assert leftovers() == []
 
 
 def test_workers_die_with_a_killed_parent():
     code = (
-        "import sys, time, threading\n"
+        "import sys, time\n"
         f"sys.path[:0] = {search_path()!r}\n"
         "import verify\n"
         "g = verify.Graders(workers=1)\n"
         "q = {'public_test_cases': [{'input': '', 'output': '7', 'testtype': 'stdin'}]}\n"
         "f = g.submit('code', '```\\nprint(7)\\n```', q)\n"
         "assert f.result().correct\n"
+        "print('idle', flush=True)\n"
         "g.submit('code', '```\\nwhile True: pass\\n```', q, time_limit=60)\n"
-        "time.sleep(1)\n"
-        "print(g._idle.qsize(), [*map(int, open(f'/proc/self/task/{threading.get_native_id()}/children').read().split())])\n"
-        "print('ready', flush=True)\ntime.sleep(99)\n"
+        "time.sleep(99)\n"
     )
-    mark = f"a3po-mark-{os.getpid()}"
-    parent = subprocess.Popen([sys.executable, "-c", code, mark], stdout=subprocess.PIPE, text=True)
-    parent.stdout.readline(), parent.stdout.readline()
-    family, grown = {parent.pid}, True
-    while grown:
-        children = set()
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = path.read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[1]) in family:
-                children.add(int(path.parent.name))
-        grown = not children <= family
-        family |= children
-    assert len(family) >= 4  # parent, worker, sandbox, program
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout.readline() == "idle\n"
+    assert wait_until(lambda: len(family(parent.pid)) == 5)  # it, worker, sandbox (2), program
+    pids = family(parent.pid)
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in family) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
+    assert wait_until(lambda: not alive(pids)), alive(pids)
 
 
 # ---- tests as published -------------------------------------------------------------------------

@@ -1,0 +1,359 @@
+"""The policy: token log-probabilities in chunks, batches and attention without padding, loading,
+sharding, checkpoints. Neither an (N, V) tensor of logits nor a padded hidden state ever exists.
+
+Shapes: B responses, T response tokens, N packed tokens (prompts and responses, a shared prompt
+once), M tokens of whole sequences, R response tokens, H hidden size, V vocabulary.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from rollout import Sample, rank, say, world_size
+from verify import UsageError
+
+# ---- token log-probabilities --------------------------------------------------------------------
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """Log-probabilities of the target tokens and entropies of their distributions, in chunks.
+
+    hidden (N, H), weight (V, H), targets (N,) -> logprobs, entropy, proxy: each (N,) in float32.
+    proxy is Lp-Reg's target for the token (no gradient): its log-probability renormalised over
+    the tokens with p > kappa * max p, -inf if it is not one of them (undefined if kappa is 0).
+    Logits exist for `chunk` tokens at a time and are computed again in the backward pass, so no
+    (N, V) tensor is ever kept.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, chunk, kappa):
+        logprobs = torch.empty(len(hidden), device=hidden.device)
+        entropy, normaliser, proxy = (torch.empty_like(logprobs) for _ in range(3))
+        for s in chunks(len(hidden), chunk):
+            logits = compute_logits(hidden[s], weight, temperature)
+            sampled = logits.gather(1, targets[s, None])[:, 0]
+            peak = logits.amax(-1)
+            probs = logits.sub_(peak[:, None]).exp()  # not normalised: the sum comes below
+            total = probs.sum(-1)
+            log_total = total.log()
+            normaliser[s] = peak + log_total
+            logprobs[s] = sampled - normaliser[s]
+            # sum of p (log total - logit), as a product of rows that needs no third (chunk, V)
+            entropy[s] = log_total - torch.einsum("nv,nv->n", probs, logits) / total
+            if kappa:  # the largest of probs is 1
+                kept = (probs * (probs > kappa)).sum(-1) / total
+                outside = (sampled - peak).exp() <= kappa
+                proxy[s] = (logprobs[s] - kept.log()).masked_fill(outside, -torch.inf)
+            del logits, probs  # before the next chunk's are made
+        ctx.mark_non_differentiable(proxy)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, targets, normaliser, entropy)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        return logprobs, entropy, proxy
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy, _):
+        hidden, weight, targets, normaliser, entropy = ctx.saved_tensors
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(normaliser)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for s in chunks(len(hidden), ctx.chunk):
+            logp = compute_logits(hidden[s], weight, ctx.temperature).sub_(normaliser[s, None])
+            up = grad_logprobs[s, None]
+            # d logprob / d logit = onehot - p,  d entropy / d logit = -p (log p + entropy)
+            if grad_entropy is None:
+                grad = logp.exp_().mul_(-up)
+            else:
+                up_entropy = grad_entropy[s, None]
+                grad = logp.exp()
+                grad.mul_(logp.mul_(-up_entropy).sub_(up + up_entropy * entropy[s, None]))
+            grad.scatter_add_(1, targets[s, None], up)
+            if ctx.temperature != 1:
+                grad.div_(ctx.temperature)
+            grad = grad.to(hidden.dtype)
+            grad_hidden[s] = grad @ weight
+            if weight.dtype == torch.float32:
+                grad_weight.addmm_(grad.T, hidden[s])  # without a temporary of the weight's size
+            else:
+                grad_weight += grad.T @ hidden[s]
+            del logp, grad
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+def compute_logits(hidden, weight, temperature):
+    """Return hidden @ weight.T / temperature in float32: (N, H), (V, H) -> (N, V)."""
+    logits = (hidden @ weight.T).float()
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+def chunks(n: int, size: int) -> list[slice]:
+    return [slice(i, i + size) for i in range(0, n, size)]
+
+
+# ---- batches and packed attention ---------------------------------------------------------------
+# A batch holds its sequences (prompt + response) without padding, a prompt that several of them
+# share once. Attention alone needs whole sequences: it spreads its inputs to them, and takes back
+# the first copy of each packed token. All index arrays are made on the host, from lengths.
+
+
+def collate(samples: list[Sample], device: str, kernel: str) -> dict:
+    """Pack samples end to end, a prompt that several share once, into a batch on the device.
+
+    A batch holds ids and positions (N,) and "attention", see attention_layout; for each response
+    token (R,) the packed token that predicts it (predictors), its id (targets) and its place in
+    (B, T), counted row by row; correct (B,); and padded on the right to (B, T) mask, loss_mask,
+    advantage, rollout_logprobs. Masks come from lengths, never from token ids.
+    """
+    ids, index, begins = [], [], {}
+    for sample in samples:
+        begin = begins.setdefault(id(sample.prompt), len(ids))
+        if begin == len(ids):  # the first of its group
+            ids += sample.prompt.ids
+        index += range(begin, begin + len(sample.prompt.ids))
+        index += range(len(ids), len(ids) + len(sample.ids))
+        ids += sample.ids.tolist()
+    ids, index = np.array(ids), np.array(index)  # (N,), (M,)
+    first = np.unique(index, return_index=True)[1]  # (N,)
+    prompt_lengths = np.array([len(sample.prompt.ids) for sample in samples])
+    lengths = np.array([len(sample.ids) for sample in samples])
+    bounds = np.concatenate([[0], (prompt_lengths + lengths).cumsum()])
+    starts = np.repeat(bounds[:-1], np.diff(bounds))  # (M,)
+    mask = np.arange(max(1, lengths.max())) < lengths[:, None]  # (B, T)
+    row, t = mask.nonzero()
+    at = bounds[row] + prompt_lengths[row] + t  # (R,), in index
+    rollout_logprobs = np.zeros(mask.shape, np.float32)
+    rollout_logprobs[mask] = np.concatenate([sample.logprobs for sample in samples])
+    advantage = np.array([sample.advantage for sample in samples], np.float32)
+    arrays = dict(
+        ids=ids, positions=(np.arange(len(index)) - starts)[first],
+        predictors=index[at - 1], targets=ids[index[at]], places=mask.ravel().nonzero()[0],
+        correct=np.array([sample.correct for sample in samples]), mask=mask, loss_mask=mask,
+        advantage=np.repeat(advantage[:, None], mask.shape[1], 1),
+        rollout_logprobs=rollout_logprobs,
+    )
+    batch = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    return batch | dict(attention=attention_layout(index, first, bounds, kernel, device))
+
+
+def attention_layout(
+    index: np.ndarray, first: np.ndarray, bounds: np.ndarray, kernel: str, device: str
+) -> dict:
+    """Return what the attention `kernel` ("varlen" or "grids") needs to know of a packed batch.
+
+    index (M,) is the packed token at each place of the sequences laid end to end, of which sequence
+    i takes the places bounds[i] to bounds[i + 1]; first (N,) is where each packed token comes
+    first. "grids" are index arrays (sequences, length) of sequences of similar length, padded on
+    the right, where causal attention needs no mask.
+    """
+    lengths = np.diff(bounds)
+    if kernel == "varlen":
+        arrays = dict(index=index, first=first, bounds=bounds.astype(np.int32))
+        layout = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        return layout | dict(longest=int(lengths.max()))
+    grids, place, size = [], np.empty_like(index), 0  # place: of each index in the grids end to end
+    order = np.argsort(-lengths, kind="stable")
+    while len(order):
+        longest = lengths[order[0]]
+        group = order[lengths[order] > 0.75 * longest]
+        order = order[len(group) :]
+        inside = np.arange(longest) < lengths[group, None]
+        source = np.minimum(bounds[group, None] + np.arange(longest), len(index) - 1)
+        grids.append(torch.from_numpy(index[source]).to(device))
+        place[source[inside]] = size + np.flatnonzero(inside)
+        size += inside.size
+    return dict(grids=grids, first=torch.from_numpy(place[first]).to(device))
+
+
+def varlen_attention(module, query, key, value, attention_mask, scaling=None, *, index, first,
+                     bounds, longest, **_):
+    """Attend within each sequence, with torch's kernel for packed sequences (GPU). The form is
+    transformers': query (1, heads, N, d), key, value (1, kv_heads, N, d) -> (1, N, heads, d)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    if len(index) > len(first):  # prompts are shared
+        query, key, value = (x.index_select(0, index) for x in (query, key, value))
+    repeat = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeat, 1) for x in (key, value))
+    out = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling,
+                      window_size=(-1, 0))
+    return out.index_select(0, first)[None], None
+
+
+def grid_attention(module, query, key, value, attention_mask, scaling=None, *, grids, first, **_):
+    """Attend within each sequence, one grid after the other; else like varlen_attention."""
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    outputs = []
+    for grid in grids:
+        q, k, v = (spread(x, grid).transpose(1, 2) for x in (query, key, value))
+        out = nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, first)[None], None
+
+
+def spread(x: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """Return x[grid]; index_select has the faster gradient."""
+    return x.index_select(0, grid.flatten()).unflatten(0, grid.shape)
+
+
+# ---- the policy ---------------------------------------------------------------------------------
+
+
+class Policy(nn.Module):
+    """A causal language model whose forward returns token log-probabilities and entropies. The
+    head is applied here, inside the module that FSDP unshards, to response tokens only.
+
+    autocast: the dtype to compute in where the weights are float32 and nothing else casts them.
+    """
+
+    def __init__(self, model: nn.Module, temperature: float, head_chunk: int,
+                 proxy_kappa: float = 0.0, autocast: torch.dtype | None = None):
+        super().__init__()
+        self.model, self.autocast = model, autocast
+        self.head = temperature, head_chunk, proxy_kappa
+
+    def forward(self, batch: dict) -> list[torch.Tensor]:
+        """Return log-probs, entropies and Lp-Reg's proxies of the batch's response tokens under
+        the model, each (B, T) and 0 in the padding. batch: see collate."""
+        with torch.autocast(batch["ids"].device.type, self.autocast, self.autocast is not None):
+            hidden = self.model.get_decoder()(
+                input_ids=batch["ids"][None], position_ids=batch["positions"][None],
+                use_cache=False, **batch["attention"],
+            ).last_hidden_state[0]  # (N, H)
+        hidden = hidden.index_select(0, batch["predictors"])  # (R, H)
+        hidden = hidden.to(self.autocast or hidden.dtype)
+        weight = self.model.get_output_embeddings().weight.to(hidden.dtype)
+        outputs = TokenLogprobs.apply(hidden, weight, batch["targets"], *self.head)
+        blank = torch.zeros(batch["mask"].numel(), device=hidden.device)
+        return [blank.scatter(0, batch["places"], x).view_as(batch["mask"]) for x in outputs]
+
+
+def load_model(path: str, device: str, kernel: str, checkpointing: bool = False) -> nn.Module:
+    """Return the model in float32: bf16 weights would lose updates of 1e-6. Dropout is off, so that
+    the ratio of an unchanged policy is 1. kernel: see attention_layout. Raises UsageError for what
+    Policy would compute wrongly."""
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    # For a name that has no mask function transformers makes no mask, and reads no positions back
+    AttentionInterface.register("varlen", varlen_attention)
+    AttentionInterface.register("grids", grid_attention)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation=kernel)
+    model = model.to(device).float()
+    if set(getattr(model.config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        raise UsageError(f"model {path!r}: only layers of full attention are supported")
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise UsageError(f"model {path!r}: an output layer with a bias is not supported")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.train()
+
+
+def distribute(policy: Policy, parallel: str, device: str, precision: torch.dtype | None):
+    """Share the policy among the ranks: "fsdp" shards every layer (FSDP2), "ddp" replicates.
+    precision: the dtype that FSDP computes in; its gradients are reduced in float32."""
+    if parallel == "fsdp" and (world_size() > 1 or device != "cpu"):
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        options: dict = dict(mesh=dist.init_device_mesh(device.partition(":")[0], (world_size(),)))
+        if precision:
+            options["mp_policy"] = MixedPrecisionPolicy(precision, reduce_dtype=torch.float32)
+        for layer in policy.model.get_decoder().layers:
+            fully_shard(layer, **options)
+        return fully_shard(policy, **options)
+    if world_size() > 1:
+        return nn.parallel.DistributedDataParallel(policy)
+    return policy
+
+
+def full_weights(
+    model: nn.Module, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, whole tensor) in layer order; every rank must iterate: gathering a shard is a
+    collective. A tied head is not listed."""
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        yield name, tensor.to(dtype or tensor.dtype)
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+
+class Checkpoints:
+    """The folders step_N of a run. Each is a save_pretrained folder with weights of `dtype`; in
+    the newest, resume/ is what training goes on from: float32 weights, optimiser state and data
+    cursor, sharded over the ranks, loaded by any number. All ranks make the same calls."""
+
+    def __init__(self, folder: Path, policy, model, optimizer, tokenizer, dtype: torch.dtype):
+        self.folder, self.policy, self.optimizer = folder, policy, optimizer
+        self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
+
+    def save(self, step: int, cursor: int) -> None:
+        """Write step_N under another name and rename it when it is complete; then delete resume/
+        of older checkpoints."""
+        import torch.distributed.checkpoint as dcp
+
+        final, partial = self.folder / f"step_{step}", self.folder / f".step_{step}.partial"
+        if rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        weights = {}
+        for name, tensor in full_weights(self.model, self.dtype):
+            if rank() == 0:
+                weights[name] = tensor.cpu()
+        if rank() == 0:
+            self.model.config.dtype = self.dtype
+            self.model.save_pretrained(partial, state_dict=weights)
+            self.tokenizer.save_pretrained(partial)
+        del weights
+        dcp.save(self.training_state(), checkpoint_id=partial / "resume")
+        if rank() == 0:
+            at = dict(step=step, cursor=cursor)
+            (partial / "resume" / "step.json").write_text(json.dumps(at))
+            os.sync()
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            for other in self.folder.glob("step_*"):
+                if other != final:
+                    shutil.rmtree(other / "resume", ignore_errors=True)
+        dist.barrier()
+
+    def resume(self) -> tuple[int, int]:
+        """Restore weights and optimiser from the newest checkpoint; return (step, data cursor),
+        (0, 0) where there is none."""
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import set_state_dict
+
+        found = [path.parent for path in self.folder.glob("step_*/resume/step.json")]
+        if not found:
+            return 0, 0
+        newest = max(found, key=lambda path: int(path.parent.name.partition("_")[2]))
+        say(f"going on from {newest.parent}")
+        state = self.training_state()
+        dcp.load(state, checkpoint_id=newest)
+        set_state_dict(self.policy, self.optimizer, model_state_dict=state["model"],
+                       optim_state_dict=state["optimizer"])
+        at = json.loads((newest / "step.json").read_text())
+        return at["step"], at["cursor"]
+
+    def training_state(self) -> dict:
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
+        model_state, optimizer_state = get_state_dict(self.policy, self.optimizer)
+        return {"model": model_state, "optimizer": optimizer_state}
