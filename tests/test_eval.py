@@ -551,6 +551,8 @@ def test_a_run_names_its_folder_and_writes_over_no_other(tmp_path, monkeypatch):
     assert str(error.value) == (f"--output_dir {folder.path} holds a run already: go on with it "
                                 "(--resume auto) or give another folder")
     assert evaluation.RunFolder(settings(folder.path, resume="auto")).path == folder.path
+    with pytest.raises(UsageError, match="^--output_dir .*config.json: not a folder$"):
+        evaluation.RunFolder(settings(folder.path / "config.json", resume="auto"))
 
 
 def made_groups():

@@ -7,6 +7,7 @@ import statistics
 import pytest
 import torch
 from conftest import ROOT
+from torch._subclasses import FakeTensorMode
 
 import a3po
 
@@ -74,6 +75,46 @@ def test_weights_are_not_rounded_to_the_advantages_dtype(dtype):
     expected = a3po.shape_advantages(advantages, correct, logprobs, mask, **kwargs)
     shaped = a3po.shape_advantages(advantages.to(dtype), correct, logprobs, mask, **kwargs)
     assert torch.equal(shaped.float(), expected) and (expected == -1.5).sum() == 1
+
+
+@pytest.mark.parametrize("length", [5, 2**15 - 1, 2**15, 40_000])
+def test_of_equal_tokens_the_earlier_are_chosen_however_many(length):
+    values = torch.zeros(2, length)
+    values[1, -1] = -1.0  # the one smallest comes last
+    chosen = a3po.smallest(values, torch.ones(2, length), 0.9)
+    k = int(0.9 * length)
+    assert chosen[0].nonzero()[:, 0].tolist() == list(range(k))
+    assert chosen[1].nonzero()[:, 0].tolist() == [*range(k - 1), length - 1]
+
+
+def test_sorting_by_torch_chooses_what_numpy_chooses():
+    """On a GPU torch sorts; a subclass of Tensor takes that path on a CPU."""
+
+    class NotPlain(torch.Tensor):
+        pass
+
+    for seed in range(20):
+        _, mask, old, _, _, _ = random_batch(seed, ties=seed % 2 == 0)
+        by_torch = a3po.smallest(old.as_subclass(NotPlain), mask, 0.3)
+        assert type(by_torch) is NotPlain
+        assert torch.equal(by_torch.as_subclass(torch.Tensor), a3po.smallest(old, mask, 0.3))
+
+
+def test_the_loss_needs_no_value_on_the_host():
+    """No shape and no branch depends on data: fake tensors, which have none, pass."""
+    with FakeTensorMode():
+        logprobs, old, advantages = (torch.randn(3, 9) for _ in range(3))
+        mask, correct = torch.ones(3, 9) > 0, torch.ones(3) > 0
+        shaped = a3po.shape_advantages(advantages, correct, old, mask, entropy=old.abs(),
+                                       rho_positive=2.0, rho_negative=3.0,
+                                       negative_cell="low_entropy")
+        for agg in a3po.LOSS_AGGS:
+            loss, stats = a3po.policy_loss(
+                logprobs.requires_grad_(), old, shaped, mask, dual_clip=3.0, rollout_logprobs=old,
+                ref_logprobs=old, kl_coef=0.1, kl_mask=mask, loss_agg=agg,
+                denominator=mask.sum(), max_length=9)
+            loss.backward()
+            assert loss.shape == () and {value.shape for value in stats.values()} == {()}
 
 
 def test_shaping_ignores_padding_and_row_order():

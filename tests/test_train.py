@@ -92,7 +92,7 @@ def test_the_checkpoint_is_the_trained_model(whole_run):
     assert json.loads(done.stdout.splitlines()[-1]) == {"agree": 16, "of": 16, "boxed": 16}
 
 
-@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+@pytest.mark.parametrize("parallel", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_two_ranks_do_the_same_as_one(whole_run, tmp_path, parallel):
     flags = ["--steps=2", "--eval_every=0", f"--parallel={parallel}"]
     lines = train(tmp_path / parallel, *flags, ranks=2)
@@ -105,6 +105,23 @@ def test_two_ranks_do_the_same_as_one(whole_run, tmp_path, parallel):
     assert (tmp_path / parallel / "checkpoints" / "step_2" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_ranks_with_different_clocks_share_one_run_folder(tmp_path, monkeypatch):
+    """Its default name holds the time, which each rank reads for itself."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\ntime.strftime = lambda *_: 'at-' + os.environ.get('RANK', '')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    command = [a.replace("a3po.py", str(ROOT / "a3po.py")) for a in SHORT]
+    done = run(*command, "--steps=1", "--eval_every=0", ranks=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    [folder] = (tmp_path / "runs").iterdir()
+    assert folder.name == "demo-a3po-seed3-at-0"
+    assert json.loads((folder / "config.json").read_text())["output_dir"] == f"runs/{folder.name}"
+    assert (folder / "checkpoints" / "step_1" / "resume" / "step.json").exists()
+    assert len(list((folder / "checkpoints" / "step_1" / "resume").glob("*.distcp"))) == 2
+
+
 def test_presets_are_sets_of_fields():
     names = {field.name for field in dataclasses.fields(a3po.Config)}
     for name, (text, fields) in a3po.PRESETS.items():
@@ -115,6 +132,7 @@ def test_presets_are_sets_of_fields():
     assert a3po.parse_args(["--setting=paper"]).prompts_per_step == 512
 
 
+@pytest.mark.slow
 def test_grpo_with_its_reference_model_runs(tmp_path):
     lines = train(tmp_path / "grpo", "--preset=grpo", "--steps=2", "--eval_every=0")
     steps = [line for line in lines if "reward" in line]

@@ -174,9 +174,11 @@ def worker(tmp_path, model, ranks, parallel, tokens, *flags):
     "flags, splits",
     [
         (["--kl_coef=0.1"], [(1, "fsdp", 60), (2, "fsdp", 60), (2, "ddp", 100)]),
-        (["--loss_agg=seq-mean-token-mean", "--preset=fork_tokens"], [(2, "fsdp", 60)]),
-        (["--preset=fork_tokens"], [(1, "fsdp", 60), (2, "ddp", 60)]),
         (["--preset=lp_reg", "--proxy_delta=0.3"], [(2, "fsdp", 60)]),
+        pytest.param(["--loss_agg=seq-mean-token-mean", "--preset=fork_tokens"],
+                     [(2, "fsdp", 60)], marks=pytest.mark.slow),
+        pytest.param(["--preset=fork_tokens"], [(1, "fsdp", 60), (2, "ddp", 60)],
+                     marks=pytest.mark.slow),
     ],
 )
 def test_gradient_does_not_depend_on_micro_batches_or_ranks(tmp_path, tiny_model, flags, splits):
