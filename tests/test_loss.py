@@ -87,6 +87,14 @@ def test_of_equal_tokens_the_earlier_are_chosen_however_many(length):
     assert chosen[1].nonzero()[:, 0].tolist() == [*range(k - 1), length - 1]
 
 
+@pytest.mark.parametrize("fraction", [0.2, 0.29, 0.57, 0.1])
+def test_the_count_is_pythons(fraction):
+    """0.29 * 100 is 28.999... in Python and 29 in float32."""
+    mask = torch.ones(300, 300).tril()  # row n - 1 has n tokens
+    counts = a3po.smallest(torch.rand(300, 300), mask, fraction).sum(1).tolist()
+    assert counts == [max(1, int(fraction * n)) for n in range(1, 301)]
+
+
 def test_sorting_by_torch_chooses_what_numpy_chooses():
     """On a GPU torch sorts; a subclass of Tensor takes that path on a CPU."""
 
