@@ -205,6 +205,22 @@ def test_fresh_policy_has_ratio_one_whatever_the_batching(tiny_model):
         assert metrics["ratio_max_deviation"] == metrics["ratio_max"] == 0.0
 
 
+def test_metrics_do_not_depend_on_micro_batches(tiny_model):
+    """Here off-policy, so that ratios differ from token to token and from batch to batch."""
+    results = []
+    for tokens in (50, 100_000):
+        config, policy, inner = build(tiny_model, f"--micro_batch_tokens={tokens}")
+        mini_batches = scored(config, policy)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in inner.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        metrics = a3po.update(policy, Recorder(inner), mini_batches, config, a3po.rho_at(0, config))
+        results.append(metrics | a3po.token_metrics(mini_batches))
+    assert results[0]["ratio_max"] > 0.1 and results[0]["clip_high"] > 0
+    assert results[0] == pytest.approx(results[1], rel=1e-4, abs=1e-6)
+
+
 def test_on_policy_steps_skip_the_scoring_pass_and_get_the_same_gradient(tiny_model):
     gradients = []
     for mini_batches in (1, 2):
