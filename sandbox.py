@@ -31,8 +31,6 @@ import argparse
 import atexit
 import ctypes
 import gc
-import glob
-import itertools
 import json
 import os
 import resource
@@ -47,68 +45,59 @@ import threading
 import types
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
+from pathlib import Path
 from typing import Any
 
 libc = ctypes.CDLL(None, use_errno=True)
 MEMORY_LIMIT = 2 << 30  # bytes of address space for each process of a program
 MAX_OUTPUT = 8 << 20  # bytes that a program may write, to its output or to any file
 LIBRARY = os.path.dirname(os.path.realpath(os.__file__))
+LIBRARY_FD = 63  # of the server and the programs, open at LIBRARY
+SHM = next(filter(os.path.isdir, ("/dev/shm", "/tmp")))  # where the private tmpfs is mounted
 LOCK_FAILED = 117  # exit status of a child that could not be locked down
 
 
 # ---- the caller's side --------------------------------------------------------------------------
-# Starts, asks and replaces a process that may hang or die.
 
 
-class Child:
+class Child(subprocess.Popen):
     """A command that answers a line of JSON with a line of JSON, after a first line of greeting.
-    `ask` raises TimeoutError when it is late, EOFError when it died; times are in seconds."""
+    Raises TimeoutError if it is late (times are seconds), EOFError or BrokenPipeError if dead."""
 
     def __init__(self, command: list[str], env: dict[str, str] | None = None):
-        self._process = subprocess.Popen(
-            command, env=env, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        self.pid = self._process.pid
-        self._poll = select.poll()
-        self._poll.register(self._process.stdout, select.POLLIN)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        super().__init__(command, env=env, start_new_session=True, **pipes)
+        self._answers = select.poll()
+        self._answers.register(self.stdout, select.POLLIN)
         self.greeting = self._read(60)  # the start is not on the first task's clock
 
     def ask(self, task: Any, seconds: float) -> Any:
         """Send a task and return the answer to it."""
-        try:
-            self._process.stdin.write(json.dumps(task).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError:
-            raise EOFError("it was dead before the task") from None
+        self.stdin.write(json.dumps(task).encode() + b"\n")
+        self.stdin.flush()
         return self._read(seconds)
 
     def _read(self, seconds: float) -> Any:
         """Return the next line's JSON; an empty line is a sign of life and restarts the clock."""
         data = bytearray()
         while not data.endswith(b"\n"):
-            if not self._poll.poll(seconds * 1000):
+            if not self._answers.poll(seconds * 1000):
                 raise TimeoutError(f"no answer for {seconds:g} s")
-            chunk = os.read(self._process.stdout.fileno(), 1 << 20)
+            chunk = os.read(self.stdout.fileno(), 1 << 20)
             if not chunk:
                 raise EOFError("it died")
             data += chunk if data else chunk.lstrip(b"\n")
         return json.loads(data)
 
-    def is_dead(self) -> bool:
-        """Return whether the process has ended."""
-        return self._process.poll() is not None
-
     def close(self, patience: float = 0) -> None:
         """End it: it may leave by itself for `patience` seconds, then it is killed."""
         with suppress(OSError):  # an unwritten rest of a task
-            self._process.stdin.close()
-        try:
-            self._process.wait(patience)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
+            self.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self.wait(patience)
+        self.kill()
+        self.wait()
+        self.stdout.close()
 
 
 class Sandbox(AbstractContextManager):
@@ -125,11 +114,10 @@ class Sandbox(AbstractContextManager):
         itself or of a class Solution, with JSON arguments, one a line; its result is JSON too."""
         try:
             task = (code, stdin, function, time_limit)
-            status, output = self._server().ask(task, time_limit + 10)  # 10: a starved machine
-            return status, output
+            return tuple(self._server().ask(task, time_limit + 10))  # 10: a starved machine
         except BaseException as why:
             self.close()  # an answer still to come would be taken for the next program's
-            if isinstance(why, TimeoutError | EOFError):
+            if isinstance(why, TimeoutError | EOFError | BrokenPipeError):
                 return "error", f"sandbox: {why}"
             raise
 
@@ -146,17 +134,16 @@ class Sandbox(AbstractContextManager):
 
     def _server(self) -> Child:
         if self._child is None:
-            flags = ["-I", "-S", "-X", "utf8"]
-            command = [sys.executable, *flags, os.path.abspath(__file__), "--serve"]
-            self._child = Child(command, {"TMPDIR": tempfile.gettempdir()})
+            me = os.path.abspath(__file__)
+            env = {"TMPDIR": tempfile.gettempdir(), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
+            self._child = Child([sys.executable, "-I", "-S", "-X", "utf8", me, "--serve"], env)
         return self._child
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-# ---- locks --------------------------------------------------------------------------------------
-# Rights that a process gives up, for itself and for its children.
+# ---- locks: rights that a process gives up, for itself and for its children ---------------------
 
 # Denied system calls, (x86-64, arm64): reaching other processes, the network, lasting objects.
 _DENIED = {
@@ -175,9 +162,8 @@ _ARCH = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 
 def seccomp_filter(denied: Iterable, ignored: Iterable = (), only_self: Iterable = ()) -> bytes:
-    """Return a BPF program that answers EPERM to denied calls (each a pair of numbers: x86-64,
-    arm64), 0 to ignored ones, EPERM to the last where their first argument is not 0; empty on
-    other architectures."""
+    """Return a BPF program that refuses denied calls (pairs of numbers: x86-64, arm64), answers 0
+    to ignored ones, refuses the last unless their first argument is 0; b"" on other machines."""
     column, arch = _ARCH.get(os.uname().machine, (None, 0))
     if column is None:
         return b""
@@ -201,24 +187,21 @@ def apply_seccomp(program: bytes) -> bool:
     return bool(program) and libc.prctl(22, 2, header) == 0  # PR_SET_SECCOMP
 
 
-def _landlock(writable: str, library: int) -> bool:
-    """Leave this process the standard library (a descriptor) to read and `writable` to write in,
-    no other file, and no TCP or signal to the outside where the kernel can (5.13, 6.7, 6.12)."""
-    abi = libc.syscall(444, None, 0, 1)
-    if abi < 1:
-        return False
+def _landlock(writable: str) -> bool:
+    """Leave this process the standard library to read and `writable` to write in, no other file,
+    and no TCP or signal to the outside where the kernel can (5.13, 6.7, 6.12)."""
+    abi = libc.syscall(444, None, 0, 1)  # -1 without Landlock, where all that follows fails too
     files = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
-    size = 8 if abi < 4 else 16 if abi < 6 else 24
-    rules = libc.syscall(444, struct.pack("QQQ", files, 3, 3)[:size], size, 0)
-    read, read_dir = 1 << 2, 1 << 3
-    grants = {f"/proc/self/fd/{library}": read | read_dir, writable: files & ~1}
-    grants |= dict.fromkeys(["/lib", "/lib64", "/usr/lib", "/usr/lib64"], read | read_dir)
-    grants |= {"/dev/null": read | 2, "/dev/urandom": read, "/etc/ld.so.cache": read}
-    for path, rights in grants.items():
-        if os.path.exists(path):
-            beneath = os.open(path, os.O_PATH)
-            libc.syscall(445, rules, 1, struct.pack("=Qi", rights, beneath), 0)
-            os.close(beneath)
+    handled = struct.pack("QQQ", files, 3 * (abi >= 4), 3 * (abi >= 6))
+    rules = libc.syscall(444, handled, len(handled), 0)
+    read, write, read_dir = 1 << 2, 1 << 1, 1 << 3
+    folders = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", f"/proc/self/fd/{LIBRARY_FD}"]
+    grants = dict.fromkeys(folders, read | read_dir) | {writable: files & ~1}  # 1: execute
+    grants |= {"/dev/null": read | write, "/dev/urandom": read, "/etc/ld.so.cache": read}
+    for path in filter(os.path.exists, grants):
+        beneath = os.open(path, os.O_PATH)
+        libc.syscall(445, rules, 1, struct.pack("=Qi", grants[path], beneath), 0)
+        os.close(beneath)
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     return rules >= 0 and libc.syscall(446, rules, 0) == 0
 
@@ -226,16 +209,14 @@ def _landlock(writable: str, library: int) -> bool:
 def _unshare() -> bool:
     """Enter new network, ipc and mount namespaces, as an ordinary user inside a new user
     namespace; the next child is the first of a pid namespace. False where not permitted."""
-    uid, gid = os.getuid(), os.getgid()
+    root, uid, gid = os.geteuid() == 0, os.getuid(), os.getgid()
     flags = 0x20000000 | 0x40000000 | 0x08000000 | 0x00020000  # NEWPID NEWNET NEWIPC NEWNS
-    root = os.geteuid() == 0
     if libc.unshare(flags if root else flags | 0x10000000):  # NEWUSER
         return False
     if not root:
-        for name, line in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"),
-                           ("gid_map", f"{gid} {gid} 1")):  # fmt: skip
-            with open(f"/proc/self/{name}", "w") as file:
-                file.write(line)
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
+        Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
     libc.mount(None, b"/", None, 0x44000, None)  # MS_REC | MS_PRIVATE
     return True
 
@@ -257,25 +238,22 @@ def die_with_parent() -> None:
 def _threads_of(uid: int) -> int:
     """Return how many threads this user runs: NPROC counts them all."""
     total = 0
-    for process in glob.glob("/proc/[0-9]*"):
+    for threads in Path("/proc").glob("[0-9]*/task"):
         with suppress(OSError):  # it has ended
-            if os.stat(process).st_uid == uid:
-                total += os.stat(f"{process}/task").st_nlink - 2
+            if threads.stat().st_uid == uid:
+                total += threads.stat().st_nlink - 2
     return total
 
 
 # ---- the server ---------------------------------------------------------------------------------
-# Forks a child per run, locks it down, runs the program in it and kills what is left.
 
-# What LiveCodeBench's harness imports by star ahead of every program, and modules that programs
-# like to import: once here, not once per run.
+# What LiveCodeBench's harness imports by star ahead of every program, and what else programs like
+# to import: once here, not once per run.
 _STAR = ("string re datetime collections heapq bisect copy math random statistics itertools "
          "functools operator io sys json builtins typing").split()  # fmt: skip
-_IMPORTED = (
-    "abc array ast calendar cmath contextlib dataclasses decimal enum fractions gc graphlib "
-    "hashlib inspect locale numbers os pprint queue secrets struct textwrap threading time timeit "
-    "traceback types unicodedata warnings weakref zlib collections.abc concurrent.futures os.path"
-).split()
+_IMPORTED = ("array ast calendar cmath collections.abc concurrent.futures dataclasses graphlib "
+             "hashlib inspect locale pprint queue secrets textwrap timeit traceback unicodedata"
+             ).split()  # fmt: skip
 
 
 class _Server:
@@ -287,39 +265,33 @@ class _Server:
         self.filter = seccomp_filter(_DENIED.values(), _IGNORED.values(), _ONLY_SELF.values())
         self.root, self.uid = os.geteuid() == 0, 20000 + keeper % 40000
         self.max_processes = 32 + (0 if self.root else _threads_of(os.getuid()))
-        with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")  # if the machine runs out of memory, we and the programs go first
+        with suppress(OSError):  # if the machine runs out of memory, we and the programs go first
+            Path("/proc/self/oom_score_adj").write_text("1000")
         libc.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: a program's orphans become our children
         die_with_parent()
-        self.library = os.open(LIBRARY, os.O_PATH)
-        places = [x for x in ("/dev/shm", "/tmp", "/mnt") if not LIBRARY.startswith(x + "/")]
-        self.tmpfs = next(filter(os.path.isdir, places)) if namespaces else ""
-        self._mount()
-        for name in [*_IMPORTED, *_STAR]:
-            __import__(name)
+        # An installation below /root is closed to another uid; a descriptor is a way in.
+        os.dup2(os.open(LIBRARY, os.O_PATH), LIBRARY_FD)
+        inside = [x.removeprefix(LIBRARY) for x in sys.path if x.startswith(LIBRARY)]
+        sys.path += [f"/proc/self/fd/{LIBRARY_FD}{x}" for x in inside]
+        self.tmpfs = namespaces and _mount_tmpfs()
+        sys.argv = ["solution.py"]
         self.module = types.ModuleType("__main__")  # every program starts with a copy of it
-        for module in map(sys.modules.get, _STAR):
-            names = getattr(module, "__all__", None) or [x for x in dir(module) if x[0] != "_"]
-            vars(self.module).update((x, getattr(module, x)) for x in names)
-        vars(self.module).update((name, sys.modules[name]) for name in _STAR)
-        gc.collect()
-        self.report = ""  # of the protections in force
+        stars = "".join(f"from {name} import *\n" for name in _STAR)
+        exec(f"{stars}import {', '.join(_STAR)}", vars(self.module))
+        exec(f"import {', '.join(_IMPORTED)}", {})
         gc.freeze()  # the children share these pages
 
-    def serve(self, requests: int, replies: int) -> None:
+    def serve(self) -> None:
         """Answer [code, input, function, time_limit] lines with [status, output] lines."""
         status, self.report = self.run(None, "", None, 50)  # a dry run, to see what is in force
         greeting = self.report if status == "ok" else f"does not work here: {self.report}"
-        os.write(replies, json.dumps(greeting).encode() + b"\n")
-        with os.fdopen(requests, "rb") as lines:
-            for line in lines:
-                reply = memoryview(json.dumps(self.run(*json.loads(line))).encode() + b"\n")
-                while reply:
-                    reply = reply[os.write(replies, reply) :]
+        print(json.dumps(greeting), flush=True)
+        for line in sys.stdin:
+            print(json.dumps(self.run(*json.loads(line))), flush=True)
 
     def run(self, code: str | None, text: str, func: str | None, limit: float) -> tuple[str, str]:
         """Run one program on one input; return what Sandbox.run does."""
-        folder = tempfile.mkdtemp(prefix=f"a3po-{self.keeper}-", dir=self.tmpfs or None)
+        folder = tempfile.mkdtemp(prefix=f"a3po-{self.keeper}-", dir=SHM if self.tmpfs else None)
         try:
             if self.root:
                 os.chown(folder, self.uid, self.uid)
@@ -346,52 +318,37 @@ class _Server:
             _kill_children(0, self.namespaces)
             return "error", f"sandbox: {why}"
         finally:
-            self._remove_folder(folder)
+            self._clean(folder)
 
-    def _mount(self) -> None:
-        """Cover self.tmpfs with an empty tmpfs of 64 MB that no other process sees."""
-        options = b"size=64m,nr_inodes=1k,mode=1777"
-        if self.tmpfs and libc.mount(b"tmpfs", self.tmpfs.encode(), b"tmpfs", 6, options):
-            self.tmpfs = ""  # not permitted
-
-    def _remove_folder(self, folder: str) -> None:
-        try:
+    def _clean(self, folder: str) -> None:
+        """Remove what a program left on disk; with a tmpfs also outside of its folder."""
+        with suppress(OSError):  # it is not empty
             os.rmdir(folder)
-        except OSError:  # the program left files
-            if not self.tmpfs:
-                _remove_tree(folder)
-        if self.tmpfs and os.listdir(self.tmpfs):
-            libc.umount2(self.tmpfs.encode(), 2)  # MNT_DETACH
-            self._mount()
+        if self.tmpfs and os.listdir(SHM):
+            libc.umount2(SHM.encode(), 2)  # MNT_DETACH
+            self.tmpfs = _mount_tmpfs()
+        elif os.path.exists(folder):
+            _remove_tree(folder)
 
     def _child(self, code, text, func, limit, folder, stdin, output) -> None:
         """In the fork: lock down, run the program, exit. Never returns."""
+        status, leave = LOCK_FAILED, os._exit  # before a program may replace it
         try:
             os.setsid()
             null = os.open(os.devnull, os.O_RDWR)
-            for source, target in ((stdin, 0), (null if func else output, 1), (null, 2)):
+            for target, source in enumerate((stdin, null if func else output, null, output)):
                 os.dup2(source, target)
-            keep = 3 + bool(func)
-            os.dup2(output, 3)
-            self.library = os.dup2(self.library, keep)
-            os.closerange(keep + 1, 256)
-            # An installation below /root is closed to another uid; a descriptor is a way in.
-            inside = [x.removeprefix(LIBRARY) for x in sys.path if x.startswith(LIBRARY)]
-            sys.path += [f"/proc/self/fd/{keep}{x}" for x in inside]
-            os.environ.clear()
-            os.environ.update(HOME=folder, TMPDIR=folder, PATH="/usr/bin:/bin", LANG="C.UTF-8")
+            os.closerange(4, LIBRARY_FD)
+            os.environ.update(HOME=folder, TMPDIR=folder)
             report = self._lock_down(folder, limit)
             if code is None:
                 os.write(1, report.encode())
-                os._exit(0)
-            if report != self.report:
-                os._exit(LOCK_FAILED)
-        except BaseException:
-            os._exit(LOCK_FAILED)
-        try:
-            os._exit(_execute(code, text, func, self.module))
+                status = 0
+            elif report == self.report:
+                status = 1  # of a program that manages to break out of _execute
+                status = _execute(code, text, func, self.module)
         finally:
-            os._exit(1)
+            leave(status)
 
     def _lock_down(self, folder: str, limit: float) -> str:
         """Give up every right that a program has no use for; return which of them are gone."""
@@ -403,24 +360,38 @@ class _Server:
             set_limit(name, value)
         os.nice(10)  # a program that forks must not starve the process that will kill it
         os.chdir(folder)
-        landlock = _landlock(folder, self.library)
+        landlock = _landlock(folder)
         if self.root:
             os.setgroups([])
             os.setresgid(self.uid, self.uid, self.uid)
             os.setresuid(self.uid, self.uid, self.uid)
         libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))  # no capability left
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, which a change of user id resets
         libc.prctl(4, 1)  # PR_SET_DUMPABLE, for /dev/stdin; the parent's memory stays closed
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         active = {
             "a user id of its own": self.root,
             "resource limits": True,
             "own pid, network, ipc and mount namespaces": self.namespaces,
-            "private tmpfs of 64 MB": bool(self.tmpfs),
+            "private tmpfs of 64 MB": self.tmpfs,
             "landlock (no files but its own)": landlock,
             "seccomp (no sockets, signals, ptrace)": apply_seccomp(self.filter),
         }
         missing = ", ".join(name for name, on in active.items() if not on)
         return "; ".join(filter(active.get, active)) + f"; MISSING: {missing or 'nothing'}"
+
+
+def _mount_tmpfs() -> bool:
+    """Cover SHM with an empty tmpfs that no other process sees; False where not permitted."""
+    options = b"size=64m,nr_inodes=1k,mode=1777"
+    return libc.mount(b"tmpfs", SHM.encode(), b"tmpfs", 6, options) == 0
+
+
+def _remove_tree(folder: str) -> None:
+    with suppress(OSError, RecursionError):  # closed to us, or nested too deeply for Python
+        shutil.rmtree(folder)
+    if os.path.exists(folder):
+        for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
+            subprocess.run([*command, folder])
 
 
 def _kill_children(first: int, namespaced: bool) -> int:
@@ -432,10 +403,10 @@ def _kill_children(first: int, namespaced: bool) -> int:
         with suppress(OSError):
             if namespaced:
                 os.kill(-1, signal.SIGKILL)
-        with suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as children:
-            for child in [] if namespaced else map(int, children.read().split()):
-                group = os.getpgid(child)  # as subreaper we have inherited the orphans
-                os.kill(child if group == os.getpgid(0) else -group, signal.SIGKILL)
+            else:  # as subreaper we have inherited the orphans
+                for child in map(int, Path("/proc/thread-self/children").read_text().split()):
+                    group = os.getpgid(child)
+                    os.kill(child if group == os.getpgid(0) else -group, signal.SIGKILL)
         try:
             done, code = os.waitpid(-1, 0)
         except ChildProcessError:
@@ -443,29 +414,17 @@ def _kill_children(first: int, namespaced: bool) -> int:
         status = os.waitstatus_to_exitcode(code) if done == first else status
 
 
-def _remove_tree(folder: str) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    if os.path.exists(folder):  # nested too deeply for Python, or closed to us
-        for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
-            subprocess.run([*command, folder], stderr=subprocess.DEVNULL)
-
-
 def _execute(code: str, text: str, func: str | None, module: types.ModuleType) -> int:
     """Run the program the way `python solution.py` would, or call its function and write the
     result to descriptor 3; return the exit status."""
-    ftruncate, pwrite, dumps, exit_ = os.ftruncate, os.pwrite, json.dumps, os._exit
-    utf8 = {"encoding": "utf-8", "errors": "surrogateescape", "closefd": False}
-    sys.stdin = sys.__stdin__ = open(0, **utf8)
-    sys.stdout = sys.__stdout__ = open(1, "w", **utf8)
-    sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)
-    sys.argv, streams = ["solution.py"], (sys.stdout, sys.stderr)
+    dumps = json.dumps  # before the program may replace it
     sys.setrecursionlimit(50_000)
-    scope = vars(module)
-    known = len(scope)
-    scope.update(stdin=sys.stdin, stdout=sys.stdout, stderr=sys.stderr, argv=sys.argv)
-    scope["__name__"] = module.__name__ = "solution" if func else "__main__"
+    module.__name__ = "solution" if func else "__main__"
     sys.modules["__main__"] = sys.modules[module.__name__] = module
-    status = 0
+    scope, status = vars(module), 0
+    known = len(scope)
+    # The interpreter's own would not take "\r\n" for the end of a line.
+    sys.stdin = sys.__stdin__ = scope["stdin"] = open(0, errors="surrogateescape", closefd=False)
     try:
         exec(compile(code, "solution.py", "exec"), scope)
         if func:
@@ -473,23 +432,23 @@ def _execute(code: str, text: str, func: str | None, module: types.ModuleType) -
             call = getattr(solution(), func) if hasattr(solution, func) else scope[func]
             result = call(*[json.loads(line) for line in text.splitlines() if line.strip()])
             data = dumps(result).encode()
-            ftruncate(3, 0)
-            exit_(0 if pwrite(3, data, 0) == len(data) else 1)
+            os.ftruncate(3, 0)
+            return int(os.pwrite(3, data, 0) != len(data))
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:
         status = 1
     if func:
-        return status or 1
+        return 1
     try:  # what the interpreter does at its end: threads, exit handlers, open files
         threading._shutdown()
         atexit._run_exitfuncs()
-        for name in [*itertools.islice(reversed(scope), len(scope) - known)]:
-            del scope[name]  # its own names only: touching all would copy the shared pages
+        while len(scope) > known:  # its own names only: touching all would copy the shared pages
+            scope.popitem()
         gc.collect()
-        for stream in streams:
-            if not stream.closed:
-                stream.flush()
+        for name in ("stdout", "__stdout__"):
+            with suppress(AttributeError, ValueError):  # it is gone, closed or detached
+                getattr(sys, name).flush()
     except BaseException:
         status = status or 120
     return status & 0xFF
@@ -498,24 +457,20 @@ def _execute(code: str, text: str, func: str | None, module: types.ModuleType) -
 def _serve() -> None:
     """Fork the server and outlive it: however it ends, or the caller does, or closes its pipe,
     kill and remove all that is left."""
-    requests, replies = os.dup(0), os.dup(1)  # out of the programs' reach
-    null = os.open(os.devnull, os.O_RDWR)
-    for target in (0, 1):
-        os.dup2(null, target)
     libc.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: without namespaces we inherit the server's orphans
     keeper, caller, namespaces = os.getpid(), os.pidfd_open(os.getppid()), _unshare()
     server = os.fork()
     if server == 0:
-        _Server(keeper, namespaces).serve(requests, replies)
+        _Server(keeper, namespaces).serve()
         os._exit(0)
     libc.prctl(4, 0)  # PR_SET_DUMPABLE
     ended = select.poll()
-    for descriptor in (os.pidfd_open(server), caller):
-        ended.register(descriptor, select.POLLIN)
-    ended.register(requests, 0)  # no event but the end of the pipe
+    ended.register(0, 0)  # no event but the end of the pipe
+    ended.register(caller, select.POLLIN)
+    ended.register(os.pidfd_open(server), select.POLLIN)
     ended.poll()
     _kill_children(server, False)
-    for folder in glob.glob(f"{tempfile.gettempdir()}/a3po-{keeper}-*"):
+    for folder in Path(tempfile.gettempdir()).glob(f"a3po-{keeper}-*"):
         _remove_tree(folder)
 
 
@@ -538,8 +493,7 @@ def main() -> None:
             print(sandbox.protections)
             return
         try:
-            with open(args.program, encoding="utf-8") as file:
-                code, text = file.read(), sys.stdin.buffer.read().decode()
+            code, text = Path(args.program).read_text("utf-8"), sys.stdin.buffer.read().decode()
         except (OSError, UnicodeDecodeError) as why:
             sys.exit(f"sandbox.py: {args.program} or its input cannot be read: {why}")
         status, output = sandbox.run(code, text, args.function, args.time_limit)
@@ -549,7 +503,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--serve"]:
-        _serve()
-    else:
-        main()
+    _serve() if sys.argv[1:] == ["--serve"] else main()

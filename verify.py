@@ -753,7 +753,7 @@ class Graders:
             reference = str(reference)
         worker = self._take_idle()
         try:
-            if worker is None or worker.is_dead():
+            if worker is None or worker.poll() is not None:
                 worker = Child([sys.executable, os.path.abspath(__file__), "--worker"])
             task = (kind, extracted, reference, time_limit)
             correct, status, detail = worker.ask(task, patience)
