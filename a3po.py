@@ -252,7 +252,7 @@ def group_advantages(
     """
     if group_size == 1:
         return rewards / (1 + eps) if norm_std else rewards.clone()
-    groups = rewards.view(-1, group_size)
+    groups = rewards.view(len(rewards) // group_size, group_size)
     advantages = groups - groups.mean(1, keepdim=True)
     if norm_std:
         advantages = advantages / (groups.std(1, keepdim=True) + eps)
@@ -459,8 +459,7 @@ def pack(samples: list[Sample], token_budget: int) -> list[list[Sample]]:
     for group in groups.values():
         whole = packed_length(group) <= token_budget
         items += [group] if whole else [[sample] for sample in group]
-    bins: list[list[Sample]] = []
-    free: list[int] = []
+    bins, free = [], []  # and the room in each
     for item in sorted(items, key=packed_length, reverse=True):
         size = packed_length(item)
         i = next((i for i, room in enumerate(free) if room >= size), len(bins))
@@ -661,8 +660,6 @@ def rewards_of(groups: list[list[Sample]], config: Config) -> torch.Tensor:
 
 def set_advantages(groups: list[list[Sample]], config: Config) -> None:
     """Give each sample its advantage: its reward against its group's, or +1 / -1 ("raw")."""
-    if not groups:
-        return
     samples = sum(groups, [])
     if config.advantage == "raw":
         advantages = [1.0 if sample.grade.correct else -1.0 for sample in samples]
@@ -739,8 +736,7 @@ def load_inputs(config: Config):
     for source in filter(None, c.eval_data.split(",")):
         problems = rollout.load_problems(source, "test")
         held_out += rollout.encode_prompts(problems, tokenizer, c.template, c.max_prompt_length)
-    sampler = rollout.PromptSampler(prompts, c.seed)
-    return tokenizer, sampler, held_out[: c.eval_limit or None]
+    return tokenizer, rollout.PromptSampler(prompts, c.seed), held_out[: c.eval_limit or None]
 
 
 def build(config: Config, device: str, kernel: str, precision: torch.dtype | None):
@@ -785,9 +781,8 @@ def train(config: Config) -> None:
     device = rollout.init_distributed()
     kernel, precision = ("grids", None) if device == "cpu" else ("varlen", torch.bfloat16)
     policy, model, reference, optimizer = build(config, device, kernel, precision)
-    folder = rollout.gather([run.checkpoints])[0]  # rank 0's: its name may hold the clock
-    checkpoints = Checkpoints(folder, policy, model, optimizer, tokenizer,
-                              dtype=precision or torch.float32)
+    path = rollout.gather([run.checkpoints])[0]  # rank 0's: its name may hold the clock
+    checkpoints = Checkpoints(path, policy, model, optimizer, tokenizer, precision or torch.float32)
     start, sampler.cursor = checkpoints.resume() if config.resume else (0, 0)
     engine = rollout.Engine(
         config.model, tokenizer, max_num_seqs=config.max_num_seqs, gpu_memory=config.gpu_memory,
@@ -801,6 +796,7 @@ def train(config: Config) -> None:
                     leave=False, disable=None if rank() == 0 else True)
     with Graders(timeout=config.grade_timeout) as graders, progress:
         rules = rollout.judge_by_rules(graders)
+        judge = judge or rules
         for step in progress:
             if held_out and is_due(step, config.eval_every, config.steps):
                 run.log_eval(step, run_eval(engine, tokenizer, rules, held_out, config))
@@ -808,9 +804,7 @@ def train(config: Config) -> None:
                 break
             seconds: dict[str, float] = {}
             # Sample: group_size graded responses to each prompt, and from their rewards A
-            groups, drawn = sample_groups(
-                engine, tokenizer, judge or rules, sampler, config, seconds
-            )
+            groups, drawn = sample_groups(engine, tokenizer, judge, sampler, config, seconds)
             set_advantages(groups, config)
             engine.sleep()
             if step == start:
@@ -839,12 +833,11 @@ def train(config: Config) -> None:
 
 def run_eval(engine, tokenizer, judge, prompts: list[Prompt], config: Config) -> dict[str, float]:
     """Evaluate the policy that vLLM holds on held-out prompts."""
-    metrics, _ = evaluation.evaluate(
+    return evaluation.evaluate(
         engine, tokenizer, judge, prompts, n=config.eval_n, seed=config.seed,
         max_tokens=config.max_response_length, temperature=config.eval_temperature,
         top_p=config.eval_top_p,
-    )
-    return metrics
+    )[0]
 
 
 def announce(config: Config) -> None:

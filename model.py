@@ -230,8 +230,7 @@ class Policy(nn.Module):
                 input_ids=batch["ids"][None], position_ids=batch["positions"][None],
                 use_cache=False, **batch["attention"],
             ).last_hidden_state[0]  # (N, H)
-        hidden = hidden.index_select(0, batch["predictors"])  # (R, H)
-        hidden = hidden.to(self.autocast or hidden.dtype)
+        hidden = hidden.index_select(0, batch["predictors"]).to(self.autocast or hidden.dtype)
         weight = self.model.get_output_embeddings().weight.to(hidden.dtype)
         outputs = TokenLogprobs.apply(hidden, weight, batch["targets"], *self.head)
         blank = torch.zeros(batch["mask"].numel(), device=hidden.device)
@@ -280,9 +279,7 @@ def distribute(policy: Policy, parallel: str, device: str, precision: torch.dtyp
     return policy
 
 
-def full_weights(
-    model: nn.Module, dtype: torch.dtype | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
+def full_weights(model: nn.Module, dtype=None) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, whole tensor) in layer order; every rank must iterate: gathering a shard is a
     collective. A tied head is not listed."""
     for name, parameter in model.named_parameters():
@@ -324,8 +321,7 @@ class Checkpoints:
         del weights
         dcp.save(self.training_state(), checkpoint_id=partial / "resume")
         if rank() == 0:
-            at = dict(step=step, cursor=cursor)
-            (partial / "resume" / "step.json").write_text(json.dumps(at))
+            (partial / "resume/step.json").write_text(json.dumps(dict(step=step, cursor=cursor)))
             os.sync()
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
