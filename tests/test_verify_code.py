@@ -103,6 +103,7 @@ def test_last_block(text, code):
         ADD + "\nimport sys\nsys.exit(0)",
         ADD + "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)",
         ADD + "\nimport sys\nsys.stdout.close()",
+        "import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer)\n" + ADD,
         "import threading\ndef f():\n    print(sum(map(int, input().split())))\n"
         "threading.stack_size(1 << 27)\nt = threading.Thread(target=f)\nt.start()\nt.join()",
         "import threading\ndef f():\n    print(sum(map(int, input().split())))\nthreading.Thread(target=f).start()",
@@ -383,7 +384,15 @@ with verify.Graders(workers=2, timeout=10) as graders:
 """
 BOMB = "import os\nwhile True:\n    try:\n        if os.fork() == 0: os.setsid()\n    except OSError: pass"
 DAEMON = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(77)\n    os._exit(0)\n"
-MESS = "import os\nfor i in range(300):\n    os.mkdir('d')\n    os.chdir('d')\nos.chmod('.', 0)\nprint(7)"
+MESS = """import os
+for i in range(1500):  # deeper than Python's recursion limit; a private tmpfs is full before that
+    try:
+        os.mkdir('d')
+        os.chdir('d')
+    except OSError:
+        break
+os.chmod('.', 0)
+print(7)"""
 
 
 def system_python():
