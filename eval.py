@@ -268,7 +268,8 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
     "step": "step, steps: counted from 0; an evaluation comes before the step of its number",
     # what was sampled, groups that are then dropped included
     "reward": "reward, points: mean of all responses, with penalties; what training raises",
-    "accuracy": "accuracy, share: correct in training; should rise together with eval_accuracy",
+    "accuracy": "accuracy, share: correct responses, at the training temperature; if it rises and "
+                "eval_accuracy does not, the problems are learned by heart",
     "response_length": "length, tokens: mean; if it nears --max_response_length, see truncated",
     "response_length_positive": "correct length, tokens: mean of correct responses",
     "response_length_negative": "incorrect length, tokens: mean of incorrect responses",
@@ -278,14 +279,17 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
     "grader_error": "grader errors, responses: counted as wrong for them; should be 0",
     "grader_bad_reference": "bad references, responses: to problems with an unusable answer; 0",
     "groups_drawn": "groups, prompts: over --prompts_per_step they replace dead groups",
-    "dead_groups": "dead, share: groups of equal rewards, not used; near 1: too easy or too hard",
+    "dead_groups": "dead, share: groups with equal rewards, from which nothing is learned; near 1 "
+                   "the problems are too easy or too hard",
     "dead_all_correct": "all correct, share: groups that are dead because they are too easy",
     "rollout_tokens": "sampled, tokens: in all responses of the step, on all ranks",
     # the policy that sampled, on the responses that are trained on
-    "entropy": "entropy, nats: mean over the tokens; should neither fall to 0 nor rise on and on",
+    "entropy": "entropy, nats: mean over the tokens; near 0 nothing new is tried any more, in a "
+               "rise without end the text falls apart",
     "entropy_positive": "correct entropy, nats: mean over the tokens of correct responses",
     "entropy_negative": "incorrect entropy, nats: mean over the tokens of incorrect responses",
-    "mismatch_mean": "mismatch, nats: |log p vLLM - trainer|; 1e-6 in float32, 1e-2 in bfloat16",
+    "mismatch_mean": "mismatch, nats: mean |log p in vLLM - log p in the trainer|: about 1e-6 in "
+                     "float32, 1e-2 in bfloat16; far more, and they are not the same model",
     "mismatch_max": "mismatch max, nats: the same at the worst token",
     # the loss, over the tokens of all updates of the step
     "tis_weight": "TIS weight, factor: mean of p in trainer / p in vLLM, capped; near 1 is good",
@@ -293,11 +297,13 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
     "kl_ref": "KL to reference, nats: how far the policy is from it (k3); only with --kl_coef",
     "ratio": "ratio, factor: mean of new / old probability; should be near 1",
     "clip_low": "clipped low, share: tokens with A < 0 and ratio < 1 - --clip_low: no gradient",
-    "clip_high": "clipped high, share: A > 0 and ratio > 1 + --clip_high; a few per cent at most",
+    "clip_high": "clipped high, share: tokens with A > 0 and ratio > 1 + --clip_high: no gradient; "
+                 "of either more than a few per cent means too large updates",
     "kl_old": "KL to old, nats: how far the step moved the policy (k3); a jump is a warning",
     "loss": "loss, mean: near 0 by design, as advantages cancel; watch reward and grad_norm",
     "ratio_max": "ratio max, |ratio - 1|: largest of a token; rises with --lr and --mini_batches",
-    "ratio_max_deviation": "first ratio, |ratio - 1|: at a step's first update; in float32 < 1e-5",
+    "ratio_max_deviation": "first ratio, |ratio - 1|: at the first update of a step, where the "
+                           "policy has not changed yet: above 1e-5 in float32 it is a bug",
     "grad_norm": "grad norm, L2: mean before clipping; growth without end announces divergence",
     "updates": "updates, optimiser steps: a mini-batch without a gradient makes none",
     "skipped_updates": "skipped, optimiser steps: their gradient was not finite; should be 0",
@@ -313,7 +319,8 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
     "seconds_sync": "sync, s: handing the new weights to vLLM",
     # held-out problems; in results.json without eval_
     "eval_accuracy": "held-out accuracy, share: avg@n, of the samples those that are correct",
-    "eval_accuracy_stderr": "standard error, share: clustered by problem; within 2 may be chance",
+    "eval_accuracy_stderr": "standard error, share: of eval_accuracy, clustered by problem; what "
+                            "differs by less than two of them may be chance",
     "eval_entropy": "held-out entropy, nats: mean -log p of tokens; unbiased at T = top_p = 1",
     "eval_length": "held-out length, tokens: mean",
     "eval_truncated": "held-out truncated, share: cut at the limit of tokens; should be low",
