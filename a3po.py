@@ -286,7 +286,7 @@ def smallest(values: torch.Tensor, mask: torch.Tensor, fraction: float) -> torch
     lengths = mask.sum(1, keepdim=True, dtype=torch.int32)
     counts = (lengths.double() * fraction).long().clamp_(min=1)
     values = values.float()
-    ordered = values.masked_fill(~mask, torch.inf)
+    ordered = torch.where(mask, values, torch.inf)
     if type(ordered) is torch.Tensor and ordered.device.type == "cpu":
         ordered.numpy().sort(axis=1)  # in place, and many times faster than torch's sort there
     else:
@@ -294,9 +294,9 @@ def smallest(values: torch.Tensor, mask: torch.Tensor, fraction: float) -> torch
     threshold = ordered.gather(1, counts - 1)  # the counts-th smallest value of each row
     short = torch.int16 if mask.shape[1] < 2**15 else torch.int32  # faster counting by a third
     room = (counts - torch.searchsorted(ordered, threshold)).to(short)  # for values equal to it
-    equal = (values == threshold) & mask
-    earlier = equal.cumsum(1, dtype=short) <= room
-    return ((values < threshold) & mask) | (equal & earlier)
+    below, equal = (values < threshold) & mask, (values == threshold) & mask
+    equal &= equal.cumsum(1, dtype=short) <= room
+    return below | equal
 
 
 @torch.no_grad()
