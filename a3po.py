@@ -753,9 +753,8 @@ def build(config: Config, device: str, kernel: str, precision: torch.dtype | Non
         reference = Policy(frozen, **head)
         if c.parallel == "fsdp":  # DDP refuses a model without gradients, and needs none
             reference = distribute(reference, "fsdp", device, precision)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), c.lr, (0.9, c.adam_beta2), weight_decay=c.weight_decay
-    )
+    optimizer = torch.optim.AdamW(policy.parameters(), c.lr, (0.9, c.adam_beta2),
+                                  weight_decay=c.weight_decay)
     return policy, model, reference, optimizer
 
 
@@ -779,10 +778,11 @@ def train(config: Config) -> None:
     tokenizer, sampler, held_out = load_inputs(config)
     judge = rollout.judge_by_function(config.reward) if config.reward else None
     device = rollout.init_distributed()
+    run.agree()
     kernel, precision = ("grids", None) if device == "cpu" else ("varlen", torch.bfloat16)
     policy, model, reference, optimizer = build(config, device, kernel, precision)
-    path = rollout.gather([run.checkpoints])[0]  # rank 0's: its name may hold the clock
-    checkpoints = Checkpoints(path, policy, model, optimizer, tokenizer, precision or torch.float32)
+    checkpoints = Checkpoints(run.checkpoints, policy, model, optimizer, tokenizer,
+                              dtype=precision or torch.float32)
     start, sampler.cursor = checkpoints.resume() if config.resume else (0, 0)
     engine = rollout.Engine(
         config.model, tokenizer, max_num_seqs=config.max_num_seqs, gpu_memory=config.gpu_memory,

@@ -472,10 +472,14 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def agree(self) -> None:
+        """Take rank 0's path on all ranks: its name may hold the clock, which each rank read."""
+        self.path = rollout.gather([self.path])[0]
+
     def open(self, start: int) -> None:
-        """Make the folder, on all ranks rank 0's, whose name may hold the clock. Where it holds a
-        run, drop the lines of `start` and later steps: they will be written again."""
-        self.path, self.opened = rollout.gather([self.path])[0], time.time()
+        """Make the folder. Where it holds a run, drop the lines of `start` and later steps: they
+        will be written again."""
+        self.opened = time.time()
         if rollout.rank() != 0:
             return
         about = self.settings | dict(output_dir=str(self.path), environment=environment())

@@ -659,6 +659,8 @@ def test_other_ranks_take_rank_0s_folder_and_write_nothing(tmp_path, monkeypatch
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(rollout, "gather", lambda paths: [Path("runs/of-rank-0"), *paths])
     folder = evaluation.RunFolder(settings(""))
+    folder.agree()
+    assert folder.checkpoints == Path("runs/of-rank-0/checkpoints")
     folder.open(0)
     log(folder, range(3), [0])
     folder.finish()
