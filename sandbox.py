@@ -8,43 +8,50 @@ Needs Linux 5.3 or later and the standard library alone: copy this file into any
     python sandbox.py PROGRAM.py [--function NAME] [--time_limit S] < input
     python sandbox.py --protections
 
-A warm process forks a child for each run, one at a time; the child knows the code and the input.
-Expected outputs stay with the caller, who compares, so printing, patching `json` or `__eq__`,
-walking frames or writing to descriptors cannot produce a pass. Programs run as real processes:
-`sys.stdin.buffer`, iterating stdin and `open(0)` work. Only the standard library is there.
+A warm process forks a child for each run, one at a time. Only the child reads the code and the
+input, from descriptors that the warm process hands on unread: nothing of one run is in the memory
+of the next. Expected outputs stay with the caller, who compares, so printing, patching `json` or
+`__eq__`, walking frames or writing to descriptors cannot produce a pass. Programs run as real
+processes: all ways to read stdin and to write stdout work. Only the standard library is there.
 
 What protects; `Sandbox().protections` is a line that names what is active and what is MISSING:
 - Always: limits on time, memory (2 GiB per process), output and file size (8 MB), processes and
   descriptors; a fresh folder, a scrubbed environment, all processes killed after each run.
-- x86-64, arm64: seccomp denies sockets, signals to others, ptrace and lasting IPC.
+- x86-64, arm64: seccomp allows the system calls that Python, threads and temporary files need; no
+  sockets (so no asyncio), signals, other programs, or changes to a file's mode, owner or times.
 - Linux 5.13+: Landlock leaves only the standard library and the program's own folder.
 - As root: a user id of its own, without capabilities.
 - Where `unshare` works: own pid, network, ipc and mount namespaces, a 64 MB private tmpfs.
 
 What it does *not*: protect against kernel bugs or timing side channels, or limit the total memory
-of several processes (they are first in line for the OOM killer). Without Landlock, files that the
-user may read, data sets included, can be read; an ordinary user's can be changed too. Without
-namespaces, the total size of files on disk is not limited. Use a container or VM for hostile code.
+of several processes (they are first in line for the OOM killer). Without Landlock, what the user
+may read, data sets and memory included, can be read; an ordinary user's files can be changed too:
+`Sandbox().contained` is False. Without namespaces, the total size of files on disk is not limited.
+Use a container or VM for hostile code.
 """
 
 import argparse
 import atexit
+import builtins
 import ctypes
 import gc
+import io
 import json
 import os
 import resource
 import select
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import types
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack, suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -64,20 +71,20 @@ class Child(subprocess.Popen):
     """A command that answers a line of JSON with a line of JSON, after a first line of greeting.
     Raises TimeoutError if it is late (times are seconds), EOFError or BrokenPipeError if dead."""
 
-    def __init__(self, command: list[str], env: dict[str, str] | None = None):
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    def __init__(self, command: list[str], env: dict | None = None, stdin: Any = subprocess.PIPE):
+        pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         super().__init__(command, env=env, start_new_session=True, **pipes)
         self._answers = select.poll()
         self._answers.register(self.stdout, select.POLLIN)
-        self.greeting = self._read(60)  # the start is not on the first task's clock
+        self.greeting = self.answer(60)  # the start is not on the first task's clock
 
     def ask(self, task: Any, seconds: float) -> Any:
         """Send a task and return the answer to it."""
         self.stdin.write(json.dumps(task).encode() + b"\n")
         self.stdin.flush()
-        return self._read(seconds)
+        return self.answer(seconds)
 
-    def _read(self, seconds: float) -> Any:
+    def answer(self, seconds: float) -> Any:
         """Return the next line's JSON; an empty line is a sign of life and restarts the clock."""
         data = bytearray()
         while not data.endswith(b"\n"):
@@ -112,9 +119,14 @@ class Sandbox(AbstractContextManager):
         """Return ("ok", what the program printed), else ("timeout", "failed" by its exit status
         or "error" of the sandbox; why). time_limit: seconds of wall time. function: call it, by
         itself or of a class Solution, with JSON arguments, one a line; its result is JSON too."""
+        texts = stdin.encode("utf-8", "surrogatepass"), json.dumps([code, function]).encode(), b""
         try:
-            task = (code, stdin, function, time_limit)
-            return tuple(self._server().ask(task, time_limit + 10))  # 10: a starved machine
+            with ExitStack() as stack:
+                files = [stack.enter_context(_memory_file(text)).fileno() for text in texts]
+                server = self._server()
+                socket.send_fds(server.stdin, [struct.pack("d", time_limit)], files)
+                status, why = server.answer(time_limit + 10)  # 10: a starved machine
+                return status, _printed(files[2]) if status == "ok" else why
         except BaseException as why:
             self.close()  # an answer still to come would be taken for the next program's
             if isinstance(why, TimeoutError | EOFError | BrokenPipeError):
@@ -126,6 +138,12 @@ class Sandbox(AbstractContextManager):
         """Return one line that says which protections a program runs with on this machine."""
         return self._server().greeting
 
+    @property
+    def contained(self) -> bool:
+        """True unless a program could change files of the user, or none can be run."""
+        active = self.protections.partition("MISSING")[0]
+        return "user id" in active or ("landlock" in active and "seccomp" in active)
+
     def close(self) -> None:
         """End the process and all that its programs left; the next run starts another."""
         child, self._child = self._child, None
@@ -136,47 +154,105 @@ class Sandbox(AbstractContextManager):
         if self._child is None:
             me = os.path.abspath(__file__)
             env = {"TMPDIR": tempfile.gettempdir(), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
-            self._child = Child([sys.executable, "-I", "-S", "-X", "utf8", me, "--serve"], env)
+            ours, theirs = socket.socketpair()
+            command = [sys.executable, "-I", "-S", "-X", "utf8", me, "--serve"]
+            with theirs:
+                self._child = Child(command, env, theirs)
+            self._child.stdin = ours
         return self._child
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
+def _memory_file(data: bytes) -> io.FileIO:
+    """Return a file without a name, to be read from its start."""
+    file = open(os.memfd_create("a3po"), "w+b", buffering=0)
+    file.write(data)
+    file.seek(0)
+    return file
+
+
+def _printed(file: int) -> str:
+    return os.pread(file, MAX_OUTPUT, 0).decode("utf-8", "surrogateescape")
+
+
 # ---- locks: rights that a process gives up, for itself and for its children ---------------------
 
-# Denied system calls, (x86-64, arm64): reaching other processes, the network, lasting objects.
-_DENIED = {
-    "socket": (41, 198), "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131),
-    "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424),
-    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
-    "pidfd_getfd": (438, 438), "io_uring_setup": (425, 425), "unshare": (272, 97),
-    "setns": (308, 268), "mount": (165, 40), "bpf": (321, 280), "perf_event_open": (298, 241),
-    "userfaultfd": (323, 282), "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186),
-    "mq_open": (240, 180), "add_key": (248, 217), "keyctl": (250, 219),
-    "sched_setscheduler": (144, 119), "setpriority": (141, 140),
-}  # fmt: skip
-_IGNORED = {"setsid": (112, 157), "setpgid": (109, 154)}  # answered 0: stay in the group we kill
-_ONLY_SELF = {"prlimit64": (302, 261), "sched_setaffinity": (203, 122)}  # first argument 0
+# System calls that a program may make: name, number on x86-64, number on arm64 (-1: none).
+_CALLS = """
+read 0 63, write 1 64, open 2 -1, close 3 57, stat 4 -1, fstat 5 80, lstat 6 -1, poll 7 -1,
+lseek 8 62, mmap 9 222, mprotect 10 226, munmap 11 215, brk 12 214, rt_sigaction 13 134,
+rt_sigprocmask 14 135, rt_sigreturn 15 139, pread64 17 67, pwrite64 18 68, readv 19 65,
+writev 20 66, access 21 -1, pipe 22 -1, select 23 -1, sched_yield 24 124, mremap 25 216,
+msync 26 227, madvise 28 233, dup 32 23, dup2 33 -1, pause 34 -1, nanosleep 35 101,
+getitimer 36 102, alarm 37 -1, setitimer 38 103, getpid 39 172, sendfile 40 71, fork 57 -1,
+vfork 58 -1, exit 60 93, wait4 61 260, uname 63 160, flock 73 32, fsync 74 82, fdatasync 75 83,
+ftruncate 77 46, getcwd 79 17, chdir 80 49, fchdir 81 50, rename 82 -1, mkdir 83 -1, rmdir 84 -1,
+unlink 87 -1, readlink 89 -1, umask 95 166, gettimeofday 96 169, getrusage 98 165, sysinfo 99 179,
+times 100 153, getuid 102 174, getgid 104 176, geteuid 107 175, getegid 108 177, getppid 110 173,
+getpgrp 111 -1, getpgid 121 155, getsid 124 156, getgroups 115 158, getresuid 118 148,
+getresgid 120 150, rt_sigpending 127 136, rt_sigtimedwait 128 137, rt_sigsuspend 130 133,
+sigaltstack 131 132, statfs 137 43, fstatfs 138 44, gettid 186 178, time 201 -1, futex 202 98,
+sched_getaffinity 204 123, getdents64 217 61, set_tid_address 218 96, restart_syscall 219 128,
+fadvise64 221 223, clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115,
+exit_group 231 94, waitid 247 95, openat 257 56, mkdirat 258 34, newfstatat 262 79,
+unlinkat 263 35, renameat 264 38, readlinkat 267 78, faccessat 269 48, pselect6 270 72,
+ppoll 271 73, set_robust_list 273 99, dup3 292 24, pipe2 293 59, preadv 295 69, pwritev 296 70,
+renameat2 316 276, getrandom 318 278, statx 332 291, rseq 334 293"""
+_ALLOWED = [[int(number) for number in call.split()[1:]] for call in _CALLS.split(",")]
+_CHMOD = [(90, -1), (91, 52), (268, 53)]  # with a user id of its own: all other files are foreign
+_IGNORED = [(112, 157), (109, 154)]  # setsid, setpgid, answered 0: stay in the group we kill
+_CHECKED = [  # allowed if an argument, masked, has one of these values: call, which, mask, values
+    ((56, 220), 0, 0x7E02A000, [0]),  # clone: no new namespaces, no sibling, no tracing
+    ((302, 261), 0, 0xFFFFFFFF, [0]),  # prlimit64: its own limits
+    ((203, 122), 0, 0xFFFFFFFF, [0]),  # sched_setaffinity: itself
+    ((72, 25), 1, 0xFFFFFFFF, [*range(8), 1030]),  # fcntl: F_DUPFD to F_SETLKW, F_DUPFD_CLOEXEC
+    # ioctl: TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
+    ((16, 29), 1, 0xFFFFFFFF, [0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451]),
+    ((157, 167), 0, 0xFFFFFFFF, [15, 16]),  # prctl: PR_SET_NAME, PR_GET_NAME
+]
 _ARCH = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 
-def seccomp_filter(denied: Iterable, ignored: Iterable = (), only_self: Iterable = ()) -> bytes:
-    """Return a BPF program that refuses denied calls (pairs of numbers: x86-64, arm64), answers 0
-    to ignored ones, refuses the last unless their first argument is 0; b"" on other machines."""
+def seccomp_filter(
+    denied: Iterable = (), allowed: Iterable = (), ignored: Iterable = (), checked: Iterable = ()
+) -> bytes:
+    """Return a BPF program that refuses denied calls (pairs of numbers: x86-64, arm64) or, given
+    allowed ones, all others; ignored calls answer 0, checked ones depend on an argument. b"" on
+    other machines."""
     column, arch = _ARCH.get(os.uname().machine, (None, 0))
     if column is None:
         return b""
-    load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06  # BPF_LD|W|ABS, JEQ, JGE, RET
-    deny, allow = (answer, 0, 0, 0x00050001), (answer, 0, 0, 0x7FFF0000)
-    program = [(load, 0, 0, 4), (equal, 1, 0, arch), deny, (load, 0, 0, 0)]
-    program += [(at_least, 0, 1, 0x40000000), deny]  # the x32 twins of all calls
-    for calls, reply in ((denied, deny), (ignored, (answer, 0, 0, 0x00050000))):
-        for call in calls:
-            program += [(equal, 0, 1, call[column]), reply]
-    for call in only_self:
-        program += [(equal, 0, 4, call[column]), (load, 0, 0, 16), (equal, 0, 1, 0), allow, deny]
-    return b"".join(struct.pack("HBBI", *step) for step in [*program, allow])
+    load, equal, mask = 0x20, 0x15, 0x54  # BPF_LD|W|ABS, JEQ, AND
+    allow, zero, refuse, unknown = (  # BPF_RET: ALLOW; ERRNO 0, EPERM, ENOSYS
+        [(0x06, 0, 0, reply)] for reply in (0x7FFF0000, 0x00050000, 0x00050001, 0x00050026)
+    )
+    # C libraries try newer calls (from 424 on) first and fall back where there are none. The
+    # numbers from 0x40000000 on are the x32 twins of all calls.
+    others, newer = (refuse, unknown) if allowed else (allow, allow)
+    steps = {0: others, 424: newer, 0x40000000: refuse}  # from a number up to the next
+    rules = [(call, reply) for calls, reply in ((allowed, allow), (ignored, zero), (denied, refuse))
+             for call in calls]  # fmt: skip
+    for call, argument, bits, values in checked:
+        tests = [step for value in values for step in ((equal, 0, 1, value), *allow)]
+        rules += [(call, [(load, 0, 0, 16 + 8 * argument), (mask, 0, 0, bits), *tests, *refuse])]
+    for call, reply in rules:
+        if call[column] >= 0:
+            steps[call[column]] = reply
+            steps.setdefault(call[column] + 1, others)
+    program = [(load, 0, 0, 4), (equal, 1, 0, arch), *refuse, (load, 0, 0, 0)]
+    program += _search([next(run) for _, run in groupby(sorted(steps.items()), lambda x: x[1])])
+    return b"".join(struct.pack("HBBI", *step) for step in program)
+
+
+def _search(steps: list) -> list:
+    """Return a BPF search tree: in a plain chain, each call and each new filter take longer."""
+    if len(steps) == 1:
+        return steps[0][1]
+    half = len(steps) // 2
+    low, high = _search(steps[:half]), _search(steps[half:])
+    return [(0x35, len(low), 0, steps[half][0]), *low, *high]  # BPF_JGE
 
 
 def apply_seccomp(program: bytes) -> bool:
@@ -222,11 +298,12 @@ def _unshare() -> bool:
 
 
 def set_limit(name: str, value: int) -> None:
-    """Lower a resource limit for good; one that is lower already stays."""
+    """Lower a resource limit for good; one that is lower already stays. Programs may raise the
+    stack's again."""
     which = getattr(resource, f"RLIMIT_{name}")
     hard = resource.getrlimit(which)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(which, (value, value))
+    resource.setrlimit(which, (value, hard if name == "STACK" else value))
 
 
 def die_with_parent() -> None:
@@ -262,8 +339,9 @@ class _Server:
 
     def __init__(self, keeper: int, namespaces: bool):
         self.keeper, self.namespaces = keeper, namespaces
-        self.filter = seccomp_filter(_DENIED.values(), _IGNORED.values(), _ONLY_SELF.values())
         self.root, self.uid = os.geteuid() == 0, 20000 + keeper % 40000
+        allowed = _ALLOWED + (_CHMOD if self.root else [])
+        self.filter = seccomp_filter((), allowed, _IGNORED, _CHECKED)
         self.max_processes = 32 + (0 if self.root else _threads_of(os.getuid()))
         with suppress(OSError):  # if the machine runs out of memory, we and the programs go first
             Path("/proc/self/oom_score_adj").write_text("1000")
@@ -279,41 +357,45 @@ class _Server:
         stars = "".join(f"from {name} import *\n" for name in _STAR)
         exec(f"{stars}import {', '.join(_STAR)}", vars(self.module))
         exec(f"import {', '.join(_IMPORTED)}", {})
+        builtins.exit = builtins.quit = sys.exit
+        sys.set_int_max_str_digits(0)
         gc.freeze()  # the children share these pages
 
     def serve(self) -> None:
-        """Answer [code, input, function, time_limit] lines with [status, output] lines."""
-        status, self.report = self.run(None, "", None, 50)  # a dry run, to see what is in force
-        greeting = self.report if status == "ok" else f"does not work here: {self.report}"
+        """Answer time limits, each with a program's files, with [status, why] lines."""
+        with ExitStack() as stack:  # a dry run without a program, to see what is in force
+            files = [stack.enter_context(_memory_file(b"")).fileno() for _ in range(3)]
+            status, why = self.run(50, *files)
+            self.report = _printed(files[2])
+        greeting = self.report if status == "ok" else f"does not work here: {why}"
         print(json.dumps(greeting), flush=True)
-        for line in sys.stdin:
-            print(json.dumps(self.run(*json.loads(line))), flush=True)
+        requests = socket.socket(fileno=0)
+        while True:
+            data, files, *_ = socket.recv_fds(requests, 8, 3)
+            if not data:
+                return
+            print(json.dumps(self.run(*struct.unpack("d", data), *files)), flush=True)
+            for file in files:
+                os.close(file)
 
-    def run(self, code: str | None, text: str, func: str | None, limit: float) -> tuple[str, str]:
-        """Run one program on one input; return what Sandbox.run does."""
+    def run(self, limit: float, stdin: int, program: int, output: int) -> tuple[str, str]:
+        """Run a program on its input, both of which we never read; return (status, why)."""
         folder = tempfile.mkdtemp(prefix=f"a3po-{self.keeper}-", dir=SHM if self.tmpfs else None)
         try:
             if self.root:
                 os.chown(folder, self.uid, self.uid)
-            with open(os.memfd_create("input"), "w+b") as stdin, \
-                    open(os.memfd_create("output"), "rb") as output:  # fmt: skip
-                stdin.write(text.encode("utf-8", "surrogatepass"))
-                stdin.seek(0)
-                pid = os.fork()
-                if pid == 0:
-                    self._child(code, text, func, limit, folder, stdin.fileno(), output.fileno())
-                pidfd = os.pidfd_open(pid)
-                in_time = bool(select.select([pidfd], [], [], limit)[0])
-                os.close(pidfd)
-                status = _kill_children(pid, self.namespaces)
-                if not in_time or status == -signal.SIGXCPU:
-                    return "timeout", f"over {limit:g} s"
-                if status == LOCK_FAILED:
-                    return "error", "the sandbox could not be locked"
-                if status != 0:
-                    return "failed", f"exit status {status}"
-                printed = os.pread(output.fileno(), MAX_OUTPUT, 0)
-                return "ok", printed.decode("utf-8", "surrogateescape")
+            pid = os.fork()
+            if pid == 0:
+                self._child(limit, folder, stdin, program, output)
+            pidfd = os.pidfd_open(pid)
+            in_time = bool(select.select([pidfd], [], [], limit)[0])
+            os.close(pidfd)
+            status = _kill_children(pid, self.namespaces)
+            if not in_time or status == -signal.SIGXCPU:
+                return "timeout", f"over {limit:g} s"
+            if status == LOCK_FAILED:
+                return "error", "the sandbox could not be locked"
+            return ("failed", f"exit status {status}") if status else ("ok", "")
         except OSError as why:
             _kill_children(0, self.namespaces)
             return "error", f"sandbox: {why}"
@@ -330,23 +412,27 @@ class _Server:
         elif os.path.exists(folder):
             _remove_tree(folder)
 
-    def _child(self, code, text, func, limit, folder, stdin, output) -> None:
+    def _child(self, limit: float, folder: str, stdin: int, program: int, output: int) -> None:
         """In the fork: lock down, run the program, exit. Never returns."""
         status, leave = LOCK_FAILED, os._exit  # before a program may replace it
         try:
             os.setsid()
+            with open(program, closefd=False) as file:
+                task = file.read()  # nothing in the dry run
+            code, func = json.loads(task) if task else (None, None)
             null = os.open(os.devnull, os.O_RDWR)
             for target, source in enumerate((stdin, null if func else output, null, output)):
                 os.dup2(source, target)
             os.closerange(4, LIBRARY_FD)
             os.environ.update(HOME=folder, TMPDIR=folder)
+            self.module.__file__ = f"{folder}/solution.py"
             report = self._lock_down(folder, limit)
             if code is None:
                 os.write(1, report.encode())
                 status = 0
             elif report == self.report:
                 status = 1  # of a program that manages to break out of _execute
-                status = _execute(code, text, func, self.module)
+                status = _execute(code, func, self.module)
         finally:
             leave(status)
 
@@ -414,44 +500,64 @@ def _kill_children(first: int, namespaced: bool) -> int:
         status = os.waitstatus_to_exitcode(code) if done == first else status
 
 
-def _execute(code: str, text: str, func: str | None, module: types.ModuleType) -> int:
+def _execute(code: str, func: str | None, module: types.ModuleType) -> int:
     """Run the program the way `python solution.py` would, or call its function and write the
     result to descriptor 3; return the exit status."""
     dumps = json.dumps  # before the program may replace it
     sys.setrecursionlimit(50_000)
     module.__name__ = "solution" if func else "__main__"
     sys.modules["__main__"] = sys.modules[module.__name__] = module
-    scope, status = vars(module), 0
+    scope, status, stdout = vars(module), 0, sys.stdout
     known = len(scope)
     # The interpreter's own would not take "\r\n" for the end of a line.
     sys.stdin = sys.__stdin__ = scope["stdin"] = open(0, errors="surrogateescape", closefd=False)
+    gc.freeze()  # what is there now is not the program's
     try:
         exec(compile(code, "solution.py", "exec"), scope)
         if func:
-            solution = scope.get("Solution")
-            call = getattr(solution(), func) if hasattr(solution, func) else scope[func]
-            result = call(*[json.loads(line) for line in text.splitlines() if line.strip()])
-            data = dumps(result).encode()
-            os.ftruncate(3, 0)
-            return int(os.pwrite(3, data, 0) != len(data))
+            return _call(scope, func, dumps)
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:
         status = 1
     if func:
         return 1
-    try:  # what the interpreter does at its end: threads, exit handlers, open files
+    try:
         threading._shutdown()
         atexit._run_exitfuncs()
-        while len(scope) > known:  # its own names only: touching all would copy the shared pages
-            scope.popitem()
-        gc.collect()
-        for name in ("stdout", "__stdout__"):
-            with suppress(AttributeError, ValueError):  # it is gone, closed or detached
-                getattr(sys, name).flush()
+        _flush(scope, known, stdout)
     except BaseException:
         status = status or 120
     return status & 0xFF
+
+
+def _call(scope: dict, func: str, dumps: Callable[[Any], str]) -> int:
+    """Call the function with the arguments of descriptor 0; 0 if its result could be written."""
+    with open(0, "rb", closefd=False) as file:
+        lines = file.read().decode("utf-8", "surrogatepass").split("\n")
+    try:
+        call = getattr(scope["Solution"](), func)  # also one that its __init__ sets
+    except (KeyError, AttributeError, TypeError):
+        call = scope[func]
+    data = dumps(call(*[json.loads(line) for line in lines if line.strip()])).encode()
+    os.ftruncate(3, 0)
+    return int(os.pwrite(3, data, 0) != len(data))
+
+
+def _flush(scope: dict, known: int, stdout: Any) -> None:
+    """Write what is still in buffers, as the interpreter does at its end: in the streams, in files
+    that only the program's names hold, then in all others."""
+    for name in ("__stdout__", "stdout"):
+        with suppress(AttributeError, ValueError):  # it is gone, closed or detached
+            getattr(sys, name).flush()
+    while len(scope) > known:  # its own names only: touching all would copy the shared pages
+        scope.popitem()
+    sys.stdout = sys.__stdout__ = stdout
+    gc.collect()
+    for thing in [*gc.get_objects(), stdout]:
+        if isinstance(thing, io.IOBase.__base__):
+            with suppress(Exception):
+                thing.flush()
 
 
 def _serve() -> None:

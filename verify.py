@@ -28,10 +28,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from decimal import Decimal, InvalidOperation
-from fractions import Fraction
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
+import answers
+from answers import BadReference
 from sandbox import Child, Sandbox, die_with_parent, set_limit
 
 WORKER_MEMORY = 8 << 30  # bytes of address space for sympy, and for decoding tests
@@ -53,10 +54,6 @@ class Grade:
 
 class UsageError(ValueError):
     """Bad input: one sentence saying what, where and what to do; shown without a traceback."""
-
-
-class BadReference(ValueError):
-    """The reference answer cannot be used: its fault, not the response's."""
 
 
 class _NeedsSympy(Exception):
@@ -108,10 +105,16 @@ _ANSWER_LINE = re.compile(
 _PROMPT_ECHO = re.compile(r"[\s*$\\\[(<{]*(?:LETTER|ANSWER)[\s*$\\\])>}.]*", re.I)
 
 
+def _after_thinking(text: str | None) -> str:
+    """Return what follows the last </think>; nothing if a <think> is never closed."""
+    text = (text or "").rpartition("</think>")[2]
+    return "" if "<think>" in text else text
+
+
 def extract_answer(text: str | None) -> str | None:
     r"""Return the content of the last complete \boxed{} or \fbox{}, or of the last "Answer: ..."
     line, whichever comes later, after the last </think>; None if there is neither. Linear time."""
-    text = (text or "").rpartition("</think>")[2]
+    text = _after_thinking(text)
     start, answer, open_braces = -1, None, []
     first = min((i for i in map(text.find, ("\\boxed", "\\fbox")) if i >= 0), default=len(text))
     while text[first - 1 : first] == "\\":  # an escaped backslash is no opener
@@ -136,7 +139,7 @@ def extract_answer(text: str | None) -> str | None:
 def extract_code(text: str | None) -> str | None:
     """Return the last complete fenced block after the last </think>, without its common indent."""
     block, code, fence = [], None, ""
-    for line in (text or "").rpartition("</think>")[2].split("\n"):
+    for line in _after_thinking(text).split("\n"):
         mark = re.match(r"[ \t]*(`{3,}|~{3,})([^`]*)$", line)
         if mark and (not fence or mark[2].strip()):  # a new opening also ends an unclosed block
             block, fence, indent = [], mark[1], len(line) - len(line.lstrip(" \t"))
@@ -169,405 +172,24 @@ def grade_choice(extracted: str, reference: Any, n_choices: int = 4) -> Grade:
     return Grade(named == {gold}, *named)
 
 
-# ---- math: notation -----------------------------------------------------------------------------
-# One spelling for everything, and the exact value of a plain number.
-
-_ROW = "\ue000"  # stands for \\\\ while spacing commands are removed
-_UNICODE = str.maketrans({
-    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
-    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∪": r"\cup ", "∈": r"\in ",
-    "°": r"^\circ ", "∅": r"\emptyset ", "²": "^2", "³": "^3", "\u00a0": " ", "\u2009": r"\,",
-    "\u202f": r"\,", "\n": " ", "\t": " ", "≈": r"\approx ", "√": r"\sqrt ", "％": "%",
-})  # fmt: skip
-_ALIASES = {
-    "boxed": "", "fbox": "", "displaystyle": "", "textstyle": "", "limits": "", "nolimits": "",
-    "dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac", "degree": r"^\circ ",
-    "leq": r"\le ", "leqslant": r"\le ", "le": r"\le ", "lt": "<", "quad": " ", "qquad": " ",
-    "geq": r"\ge ", "geqslant": r"\ge ", "ge": r"\ge ", "gt": ">", "lbrace": r"\{",
-    "rbrace": r"\}", "varnothing": r"\emptyset ",
-}  # fmt: skip
-_REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    (r"\\(?:left|right)(?![A-Za-z])\s*\.?|\\[bB]igg?[lrm]?(?![A-Za-z])|\\!", ""),
-    (r"\\\$|\$|\\[()\[\]](?=$|[^A-Za-z])|\*\*", ""),
-    (r"\\(?:text(?:rm|bf|it|sf|normal)?|mbox|hbox|math(?:rm|bf|it|sf)|operatorname)\*?\s*"
-     r"\{([^{}]*)\}", r"\\text{\1}"),
-    (r"(?<=\d)(?:\\[,;: ]|~|\{,\}|\{\\,\})(?=\d{3}(?!\d))", ""),
-    (r"\\[,;: ]|~", " "),
-    (r"(\\frac)\s+(?=[\d{])|(\\frac\d)\s+(?=[\d{])", r"\1\2"),
-    (r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))"
-     r"|\s*\\text\{\s*degrees?\s*\}|(?<=[\d}])\s*degrees?\b", ""),
-    (r"\\%|\s*\\text\{\s*(?:percent|%)\s*\}|\s*\bpercent\b", "%"),
-    (r"\\\{\s*\\\}", r"\\emptyset "),
-    (r"<=", r"\\le "),
-    (r">=", r"\\ge "),
-    (r"(?<![\\A-Za-z])infinity\b", r"\\infty"),
-    (r"(?<![\\A-Za-z])pi\b", r"\\pi"),
-)]  # fmt: skip
-_SCIENTIFIC = re.compile(r"(?:\\times|\\cdot|\*)10\^(?:\{([+-]?\d+)\}|(\d))$")
-_LAST_FRAC = re.compile(r"\\frac(?:\{([^{}]*)\}|(\d))(?:\{([^{}]*)\}|(\d))$")
-_DECIMAL = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+|\d*)(?:\.(\d*))?(?:[eE]([+-]?\d{1,3}))?")
-_REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\\(?:overline|bar|dot)(?:\{(\d+)\}|(\d))")
-_FRACTION = re.compile(r"([+-]?) *(?:(\d+) +)?([+-]?[\d.,]+)/([+-]?[\d.,]+)")
-
-
-def clean_latex(text: str) -> str:
-    """Give one spelling to what LaTeX can write in several ways; remove degrees and currency."""
-    if "begin{" not in text:  # escaped once too often; in a matrix it ends a row
-        text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)
-    text = text.replace(r"\\", _ROW).translate(_UNICODE)
-    text = re.sub(r"\\([A-Za-z]+)", lambda m: _ALIASES.get(m[1], m[0]), text)
-    for pattern, new in _REWRITES:
-        text = pattern.sub(new, text)
-    return re.sub(r"\s+", " ", text).strip()
-
-
-def number(text: str) -> Fraction | None:
-    """Return the exact value of 1,234  -0.5  3.2e5  0.1\\overline{6}  \\frac43  1\\frac12 ..., else
-    None."""
-    if len(text) > 2000:
-        return None
-    text = re.sub(r" *([-+\\/{}^*]|(?<=\\times)|(?<=\\cdot)) *", r"\1", text.strip())
-    while text.startswith("{") and text.endswith("}") and text.count("{") == 1:
-        text = text[1:-1].strip()
-    text = _LAST_FRAC.sub(r" \1\2/\3\4", _SCIENTIFIC.sub(r"e\1\2", text)).strip()
-    if (m := _DECIMAL.fullmatch(text)) and (m[2] or m[3]):
-        digits, after = m[2].replace(",", "") + (m[3] or ""), len(m[3] or "")
-        return Fraction(int(m[1] + digits)) * Fraction(10) ** (int(m[4] or 0) - after)
-    if m := _REPEATING.fullmatch(text):
-        head, tail = m[2] + m[3], m[4] or m[5]
-        value = Fraction(int(head + tail) - int(head or 0), (10 ** len(tail) - 1) * 10 ** len(m[3]))
-        return -value if m[1] == "-" else value
-    if m := _FRACTION.fullmatch(text):
-        whole, top, bottom = int(m[2] or 0), number(m[3]), number(m[4])
-        if top is None or not bottom or (m[2] and not 0 < top < bottom):
-            return None
-        return (-1 if m[1] == "-" else 1) * (whole + top / bottom)
-    return None
-
-
-# ---- math: structure ----------------------------------------------------------------------------
-# Lists, sets, intervals, equations: an answer is a tree, and trees are compared part by part.
-
-
-class Node(NamedTuple):
-    """Part of an answer. kind: a "leaf" (its text), "set" or "union" (items in any order), "()"
-    "[)" "matrix" "row" ... (ordered items), or "eq" for x = 5 and 0 < x < 1 (one item, and the
-    name x) and 2 + 3 = 5 (two). Only leaves reach sympy: it would forgive too much above them."""
-
-    kind: str
-    items: list
-    text: str = ""
-    name: str = ""
-
-
-_LIST = re.compile(
-    r"[,;]|\\text\{\s*,?\s*(?:or|and)\s*,?\s*\}|(?<![A-Za-z\\])(?:or|and)(?![A-Za-z])"
-)
-_EQUALS = re.compile(r"(?<![!<>:\\])=|\\in(?![A-Za-z])")
-_RELATION = re.compile(r"\\le |\\ge |[<>]")
-_UNION = re.compile(r"\\cup(?![A-Za-z])")
-_PLUS_MINUS, _MINUS_PLUS = re.compile(r"\\pm(?![A-Za-z])"), re.compile(r"\\mp(?![A-Za-z])")
-_MATRIX = re.compile(r"\\begin\{([pbvBV]?)(?:small)?matrix\}(.*)\\end\{\1(?:small)?matrix\}")
-_VARIABLE = re.compile(r"[A-Za-z](?:_\{?\w+\}?)?|\\(?!pi(?![A-Za-z]))[a-z]+")
-_HEDGES = frozenset(
-    "or and not no never neither nor maybe perhaps possibly probably about approx approximately "
-    "around roughly nearly almost over under at least most more less than plus minus if unless "
-    "when but except either both to is are isn was wrong incorrect million thousand hundred "
-    "billion trillion dozen half twice times mod modulo base squared cubed negative any all "
-    "between greater fewer up remainder".split()
-)
-_UNITS = frozenset(  # without a plural's s
-    "mm cm dm m km in inch inche ft foot feet yd yard mi mile mg g kg gram kilogram lb oz ml l "
-    "liter litre s sec second min minute h hr hour day week month year mph kmh dollar cent unit sq "
-    "square cubic meter metre centimeter kilometer people student way point egg apple book".split()
-)
-_FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc log ln exp sqrt frac text arcsin arccos arctan sinh cosh tanh max min "
-    "gcd lcm begin end matrix pmatrix bmatrix".split()
-)
-
-
-def _depths(text: str) -> list[int]:
-    """Return how many brackets are open around each character; a bracket is outside itself."""
-    depths, depth = [], 0
-    for token in re.finditer(r"\\[A-Za-z]+|\\.|.", text, re.S):
-        depth -= token[0][-1] in ")]}"
-        depths += [depth] * len(token[0])
-        depth += token[0][-1] in "([{"
-    return depths
-
-
-def _split(text: str, separator: re.Pattern) -> list[str]:
-    """Return the parts between the matches of `separator` that are outside all brackets."""
-    depths = _depths(text)
-    cuts = [m.span() for m in separator.finditer(text) if depths[m.start()] == 0]
-    starts, ends = [0, *(end for _, end in cuts)], [*(start for start, _ in cuts), len(text)]
-    return [text[start:end].strip() for start, end in zip(starts, ends, strict=True)]
-
-
-def _surrounded(text: str) -> re.Match | None:
-    """Match (opening)(content)(closing) if one pair of brackets spans the whole text."""
-    around = re.fullmatch(r"(\\?[([{])(.*?)(\\?[)\]}])", text, re.S)
-    outside = [i for i, depth in enumerate(_depths(text)) if depth == 0] if around else []
-    pair = around and [*range(around.start(2)), *range(around.end(2), len(text))]
-    return around if outside == pair else None
-
-
-def parse_answer(text: str, depth: int = 0) -> Node:
-    """Return the tree of an answer, cleaned before. Raises ValueError if nested too deeply."""
-    text = re.sub(r"[.,;:]?\s*$", "", text.strip()) if depth == 0 else text.strip()
-    if depth > 12 or not text:
-        raise ValueError("nested too deeply" if text else "an empty part")
-
-    def parse(parts: list[str]) -> list[Node]:
-        return [parse_answer(part, depth + 1) for part in parts]
-
-    if number(text) is not None:
-        return Node("leaf", [], text)
-    if matrix := _MATRIX.fullmatch(text):
-        rows = [Node("row", parse(x.split("&"))) for x in matrix[2].split(_ROW) if x.strip()]
-        return Node("det" if matrix[1] in ("v", "V") else "matrix", rows)
-    if len(parts := _split(text, _LIST)) > 1:
-        return _one_or_set(parse(parts))
-    if around := _surrounded(text):
-        opening, content, closing = around.groups()
-        if opening == "{":
-            return parse_answer(content, depth + 1)
-        if opening == r"\{":
-            if re.search(r":|\\mid|\|", content):  # set-builder notation
-                return Node("leaf", [], text)
-            return _one_or_set(parse(_split(content, _LIST)))
-        parts = _split(content, re.compile("[,;]"))
-        if len(parts) == 1 and opening == "(":
-            return parse_answer(content, depth + 1)
-        return Node(opening + closing, parse(parts))
-    if len(parts := _split(text, _EQUALS)) > 1:
-        named = [_is_name(part) for part in parts]
-        name = re.sub(r"[\s{}]|\\text", "", parts[0]) if named == [True, False] else ""
-        sides = zip(parse(parts), named, strict=True)
-        return Node("eq", [side for side, is_name in sides if not is_name], text, name)
-    if len(parts := _split(text, _RELATION)) in (2, 3):
-        if interval := _interval(parts, _RELATION.findall(text)):
-            return Node("eq", [interval], text, interval.name)
-    if len(parts := _split(text, _UNION)) > 1:
-        return Node("union", parse(parts))
-    if len(_PLUS_MINUS.findall(text)) == 1:
-        both = [_PLUS_MINUS.sub(p, _MINUS_PLUS.sub(m, text)) for p, m in ("+-", "-+")]
-        return Node("set", [Node("leaf", [], x.strip(" +")) for x in both])
-    return Node("leaf", [], text)
-
-
-def _one_or_set(items: list[Node]) -> Node:
-    """Flatten: 1 \\pm 2 within a list is two of its items; a set of one is that one."""
-    flat = [x for item in items for x in (item.items if item.kind == "set" else [item])]
-    return flat[0] if len(flat) == 1 else Node("set", flat)
-
-
-def _is_name(text: str) -> bool:
-    """Tell whether a text names a quantity (x, f(x), m+n, \\angle ABC, Area), not computes one."""
-    arguments = r"_\{[^{}]*\}|_\w|(?<=[A-Za-z])\([^()]*\)|\^\{-1\}|\\text(?=\{)"
-    text = re.sub(arguments, "", text.strip())
-    words = set(re.findall(r"[a-z]+", text.lower()))
-    computed = {"pi", "infty", "pm", "mp"} | _HEDGES | (_FUNCTIONS - {"frac", "max", "min"})
-    return bool(words) and not words & computed and not re.search(r"^-|\d|\^", text)
-
-
-def _interval(parts: list[str], relations: list[str]) -> Node | None:
-    """Return the interval, named x, of x > 5 or 1 \\ge x > 0; None if no variable is bounded."""
-    down, strict = [x in (">", r"\ge ") for x in relations], [x in "<>" for x in relations]
-    if len(set(down)) != 1 or len(relations) != len(parts) - 1:
-        return None
-    if down[0]:
-        parts, strict = parts[::-1], strict[::-1]
-    if len(parts) == 2 and _VARIABLE.fullmatch(parts[0]):
-        parts, strict = [r"-\infty", *parts], [True, *strict]
-    elif len(parts) == 2:
-        parts, strict = [*parts, r"\infty"], [*strict, True]
-    if not _VARIABLE.fullmatch(parts[1]):
-        return None
-    brackets = ("(" if strict[0] else "[") + (")" if strict[1] else "]")
-    return Node(brackets, [Node("leaf", [], x) for x in parts[::2]], name=parts[1])
-
-
-def match(gold: Node, answer: Node) -> bool:
-    """Compare two trees."""
-    if gold.kind == "eq" != answer.kind:
-        return bool(gold.name) and match(gold.items[0], answer)
-    if gold.kind == "eq":
-        value = gold.items[0] if gold.name else None
-        if value and answer.name in ("", gold.name) and _all_match(value, answer.items):
-            return True
-        plain = value and (value.kind != "leaf" or number(value.text) is not None)
-        return not plain and same_leaf(gold.text, answer.text)  # y = 2x and 2x - y = 0
-    if answer.kind == "eq":  # every side has to be the answer: 2 + 3 = 5 is 5, 4 = 5 is not
-        return _all_match(gold, answer.items)
-    if gold.kind == "leaf" == answer.kind:
-        return same_leaf(gold.text, answer.text)
-    if gold.kind != answer.kind or len(gold.items) != len(answer.items):
-        return False
-    if gold.kind not in ("set", "union"):
-        return all(map(match, gold.items, answer.items))
-    unmatched = list(answer.items)  # any order, each item used once
-    for item in gold.items:
-        found = next((i for i, x in enumerate(unmatched) if match(item, x)), None)
-        if found is None:
-            return False
-        del unmatched[found]
-    return True
-
-
-def _all_match(gold: Node, sides: list[Node]) -> bool:
-    return bool(sides) and all(match(gold, side) for side in sides)
-
-
-# ---- math: leaves -------------------------------------------------------------------------------
-# Words, units, bases and numbers are compared here, exactly; other expressions by math-verify.
-
-_REFUSED = re.compile(
-    r"\d{200}|\^\s*[{(]*\s*[+-]?\d+\s*\)?\s*\^|\^\s*[{(]?\s*[+-]?\d{6}|\d{5}\s*\)?!|!\s*!\s*!"
-)
-_DOUBTS = re.compile(r"\\(?:n?eq?|not|approx|sim|[lc]?dots|to|pm|mp|[bp]?mod)(?![A-Za-z])")
-_UNIT = re.compile(
-    r"(.*[\d)}\]])\s*(?:\\text\{\s*([A-Za-z][A-Za-z .]*?)\s*\}|(?<=[\d ])([A-Za-z][A-Za-z ]+))"
-    r"\s*(?:\^\s*\{?([23])\}?)?"
-)
-_IN_BASE = re.compile(r"[\dA-Fa-f]+\s*_\s*(?:\d|\{\s*\d+\s*\})")
-
-
-def _refused(text: str) -> bool:
-    """Tell whether a text is too long, too deeply nested or has too large numbers for sympy."""
-    if not text or len(text) > 2000 or text.count("^") > 100 or _REFUSED.search(text):
-        return True
-    return max(_depths(text)) >= 50
-
-
-def _unit(text: str, trusted: bool) -> tuple[str, str]:
-    """Return (value, unit) of "5 \\text{ cm}^2"; an answer's bare words must be known units."""
-    m = _UNIT.fullmatch(text)
-    words = (m[2] or m[3]).lower().replace(".", "").split() if m else []
-    plain = m and m[2] and (trusted or not _HEDGES & set(words) and len(words) <= 4)
-    if not words or not plain and not {x.rstrip("s") or x for x in words} <= _UNITS:
-        return text, ""
-    return m[1].strip(), " ".join(word.rstrip("s") for word in words) + (m[4] or "")
-
-
-def _word(text: str) -> str:
-    """Return the letters of a purely alphabetic text, without case if more than one; else ""."""
-    text = re.sub(r"\\text|[{}\s.']|(?<=[A-Za-z]{2})-(?=[A-Za-z]{2})", "", text)
-    return (text if len(text) == 1 else text.casefold()) if text.isalpha() else ""
-
-
-def _rounds_to(exact: Fraction, decimal: str, text: str) -> bool:
-    """Tell whether `decimal`, of six places or more, is the rounding of `text`, like 1/3."""
-    places = re.fullmatch(r"[+-]?\d*\.(\d{6,})", decimal)
-    is_fraction = "/" in text or "\\" in text
-    return bool(places) and is_fraction and round(exact, len(places[1])) == number(decimal)
-
-
-def same_leaf(gold: str, answer: str) -> bool:
-    """Settle text, bases and numbers here, exactly; the rest is left to math-verify."""
-    words = _word(gold), _word(answer)
-    if all(words) or any(len(word) > 1 for word in words):
-        return words[0] == words[1]
-    (gold, gold_unit), (answer, unit) = _unit(gold, True), _unit(answer, False)
-    if unit and gold_unit and unit != gold_unit:
-        return False
-    if _IN_BASE.fullmatch(gold) or _IN_BASE.fullmatch(answer):
-        plain = [re.sub(r"[\s{}]", "", x).lstrip("0").upper() for x in (gold, answer)]
-        return plain[0] == plain[1]
-    g, a = number(gold.removesuffix("%")), number(answer.removesuffix("%"))
-    if g is not None and a is not None:
-        percents = gold.endswith("%"), answer.endswith("%")
-        if percents == (True, False) and g / 100 == a or percents == (False, True) and g == a / 100:
-            return True
-        return g == a or _rounds_to(g, answer, gold) or _rounds_to(a, gold, answer)
-    if _refused(answer) or any(word not in gold for word in _DOUBTS.findall(answer)):
-        return False
-    words = {w.lower() for w in re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", answer)} - _FUNCTIONS
-    words -= {w.lower() for w in re.findall(r"[A-Za-z]{2,}", gold)}
-    if any(w in _HEDGES or len(w) > 3 for w in words) or re.search(r"\d \d", answer):
-        return False
-    return symbolic_equal(gold, answer)
-
-
-@lru_cache(4096)
-def _sympy_parse(latex: str) -> tuple:
-    """Return what math-verify makes of \\boxed{latex}; its alarm-based timeout is off."""
-    from math_verify import LatexExtractionConfig, parse
-
-    config = [LatexExtractionConfig()]
-    boxed = r"\boxed{" + latex + "}"
-    return tuple(parse(boxed, config, fallback_mode="no_fallback", parsing_timeout=None))
-
-
-def symbolic_equal(gold: str, answer: str) -> bool:
-    """Return math-verify's verdict on two leaves. Runs in a worker: it may never return."""
-    from math_verify import verify
-
-    target, wanted = _sympy_parse(answer), _sympy_parse(gold)
-    names = [set(re.findall("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", x))) for x in (gold, answer)]
-    if not target or names[0] != names[1] and (
-        {x.lower() for x in names[0]} == {x.lower() for x in names[1]}
-    ):  # the library takes x and X for the same
-        return False
-    for decimal, exact in ((number(answer), wanted), (number(gold), target)):
-        if decimal is not None and "." in gold + answer:  # it would round 10^{-7} to 0.0
-            try:
-                return bool(abs((exact[0] - decimal).evalf(20)) <= abs(decimal) / 10**6)
-            except (TypeError, AttributeError):  # a set, an equation, a free variable
-                return False
-    return verify(list(wanted), list(target), timeout_seconds=None)
-
-
-def _leaves(tree: Node) -> list[str]:
-    """Return all texts that comparing with this tree may hand to sympy."""
-    if tree.kind == "leaf" or (tree.kind == "eq" and not tree.name):
-        return [tree.text]
-    return [text for item in tree.items for text in _leaves(item)]
-
-
-@lru_cache(4096)
-def parse_reference(reference: str) -> Node:
-    """Return the tree of a gold answer. Raises BadReference if it is empty, unbalanced or too
-    long, or if a leaf of it means nothing to the library."""
-    text = clean_latex(reference) if len(reference) <= 2000 else ""
-    if not text or sum(map(text.count, "([{")) != sum(map(text.count, ")]}")):
-        raise BadReference("empty, unbalanced or longer than 2,000 characters")
-    try:
-        tree = parse_answer(text)
-    except ValueError as why:
-        raise BadReference(str(why)) from None
-    for text in _leaves(tree):
-        value = _unit(text, True)[0]
-        if not _word(text) and number(value.removesuffix("%")) is None:
-            if _refused(value) or not _sympy_parse(value):
-                raise BadReference(f"cannot be parsed: {text[:80]!r}")
-    return tree
+# ---- math ---------------------------------------------------------------------------------------
+# Numbers in the caller, all else in a worker, for sympy may never return (answers.py).
 
 
 def grade_number(extracted: str, reference: str) -> Grade | None:
     """Settle two equal numbers, or two different integers; None where it takes more."""
-    if max(len(extracted), len(reference)) > 2000:
-        return None
-    gold, answer = number(clean_latex(reference)), number(clean_latex(extracted))
-    if gold is None or answer is None:
-        return None
-    both_whole = gold.denominator == answer.denominator == 1
-    return Grade(gold == answer, extracted) if gold == answer or both_whole else None
+    verdict = answers.settle(extracted, reference)
+    return None if verdict is None else Grade(verdict, extracted)
 
 
 def grade_math(extracted: str, reference: str) -> Grade:
-    """Compare a boxed answer with the gold one."""
-    gold = parse_reference(reference)
-    if extracted == reference:
-        return Grade(True, extracted)
-    if len(extracted) > 2000:
-        return Grade(False, extracted, detail="longer than 2,000 characters")
+    """Compare a boxed answer with the gold one; raises BadReference."""
     try:
-        answer = parse_answer(clean_latex(extracted))
-    except ValueError as refused:
-        return Grade(False, extracted, detail=str(refused))
-    return Grade(match(gold, answer), extracted)
+        return Grade(answers.equal(extracted, reference), extracted)
+    except BadReference:
+        raise
+    except ValueError as why:  # the answer means nothing
+        return Grade(False, extracted, detail=str(why))
 
 
 # ---- code: tests and their comparison, in the worker --------------------------------------------
@@ -605,8 +227,8 @@ def read_tests(row: Any) -> tuple[list[dict], str | None]:
             kind = test.setdefault("testtype", "functional" if func_name else "stdin")
             test["input"].encode(), test["output"].encode()
             if kind == "functional":
-                [json.loads(line) for line in test["input"].splitlines() if line.strip()]
-                json.loads(test["output"])
+                [_json_value(line) for line in test["input"].split("\n") if line.strip()]
+                _json_value(test["output"])
             if kind not in ("stdin", "functional") or (kind == "functional" and not func_name):
                 raise BadReference(f"test type {kind!r} with func_name {func_name!r}")
     except Exception as why:
@@ -632,11 +254,24 @@ def _same_line(got: str, want: str) -> bool:
         return False
 
 
+# Decimal takes integers of any length, in linear time; NaN and Infinity equal themselves alone.
+_json_value = partial(json.loads, parse_int=Decimal, parse_constant=lambda name: (name,))
+
+
 def _same_json(output: str, expected: str) -> bool:
     try:
-        return json.loads(output) == json.loads(expected)
+        return _same_value(_json_value(output), _json_value(expected))
     except (ValueError, RecursionError):
         return False
+
+
+def _same_value(got: Any, want: Any) -> bool:
+    """Compare as JSON: 1 and 1.0 are one number, but unlike in Python 1 is not true."""
+    if isinstance(want, list) and isinstance(got, list):
+        return len(got) == len(want) and all(map(_same_value, got, want))
+    if isinstance(want, dict) and isinstance(got, dict):
+        return got.keys() == want.keys() and all(_same_value(got[x], want[x]) for x in want)
+    return got == want and isinstance(got, bool) == isinstance(want, bool)
 
 
 def grade_code(
@@ -644,7 +279,8 @@ def grade_code(
 ) -> Grade:
     """Run all tests, stopping at the first that fails. time_limit: seconds of wall time per test.
     The sandbox gets the code and the input; outputs are compared here. Unlike in LiveCodeBench's
-    harness programs are real processes: all ways to read stdin work, a non-zero exit fails."""
+    harness programs are real processes: all ways to read stdin work, a non-zero exit fails. Results
+    of functions compare as JSON with its types, not by ==, so 1 is not true (but is 1.0)."""
     tests, func_name = read_tests(row)
     for index, test in enumerate(tests, 1):
         alive()
@@ -803,9 +439,15 @@ def grade(kind: str, response: str | None, reference: Any, **options: Any) -> Gr
     return _default_graders().submit(kind, response, reference, **options).result()
 
 
-def protections() -> str:
-    """Return one line that says which protections a program runs with on this machine."""
+def protections(unsafe_code: bool = True) -> str:
+    """Return one line that says which protections a program runs with on this machine; raises
+    UsageError where they do not keep it from the user's files, unless `unsafe_code`."""
     with Sandbox() as sandbox:
+        if not (unsafe_code or sandbox.contained):
+            raise UsageError(
+                "programs could change your files here, for the sandbox has neither Landlock nor a "
+                "user id of its own: run as root in a container, or give --unsafe_code"
+            )
         return f"sandbox: {sandbox.protections}"
 
 

@@ -110,7 +110,7 @@ def test_import_is_light():
     )
     command = [sys.executable, "-S", "-c", code]  # without what a site-packages may load at start
     done = subprocess.run(command, cwd=Path(VERIFY).parent, capture_output=True, text=True)
-    assert done.stdout == "['__main__', 'sandbox', 'verify']\n", done.stderr
+    assert done.stdout == "['__main__', 'answers', 'sandbox', 'verify']\n", done.stderr
 
 
 def test_submit_from_many_threads():

@@ -1,15 +1,19 @@
 """Extraction and math: what counts as an answer, and which answers are equal."""
 
 import json
+import re
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 from test_sandbox import children
 
+import answers
 import verify
 
-DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+HERE = Path(__file__).parent
+DATA = HERE.parent.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +66,9 @@ def grade(graders, answer, gold, **options):
         (r"<think>\boxed{4}</think>\boxed{5}", "5"),
         (r"a</think>\boxed{4}</think>\boxed{5}", "5"),
         (r"\boxed{5</think>}", None),
+        (r"<think>\boxed{5}", None),
+        (r"<think>\boxed{4}</think><think>\boxed{5}", None),
+        ("<think>\nAnswer: 5", None),
         (r"\boxed{4}</think> nothing", None),
         ("Answer: 4</think> nothing", None),
         ("the last number is 5", None),
@@ -268,6 +275,125 @@ x \neq 3 => x \ne 3
 \text{Monday} => Monday
 12 \text{ hours} => 12
 \frac{7}{2} \text{ units} => 3.5
+15 => 8+7 = 15
+15 => 15\,\text{ways}
+15 => (15)
+15 => 15 \times 10^0
+15 => 1.5\times 10^{1}
+1000 => 1e3
+10^{-3} => 0.001
+\frac{3}{2} => 1.5
+\frac{3}{2} => 1 \frac{1}{2}
+\frac{3}{2} => \frac{6}{4}
+-\frac{1}{2} => \frac{1}{-2}
+-\frac{1}{2} => -\frac{-1}{-2}
+\frac{1}{2} => \frac{-1}{-2}
+x > 2 => x > 2.0
+3\sqrt2 => \sqrt{18}
+3\sqrt2 => 2\sqrt2+\sqrt2
+2^{100} => 2^{99} \cdot 2
+10! => 10!
+10! => 3628800
+\binom{5}{2} => \binom{5}{3}
+\frac{\pi}{4} => \frac{\pi}{4} \text{ radians}
+x^2+1 => x^2+1+0
+\frac{1}{3} => 0.3333333
+1:3 => 3:9
+12:30 => 12:30 \text{ PM}
+\frac{dy}{dx} => \frac{dy}{dx}
+\{\emptyset\} => \{\emptyset\}
+p=4, q=9 => q=9, p=4
+p=4, q=9 => 4, 9
+0.005 => 0.5\%
+5 => 500\%
+(-\infty,1)\cup(3,\infty) => x<1 \text{ or } x>3
+x<1 \text{ or } x>3 => (-\infty,1)\cup(3,\infty)
+(1,2) => \{x : 1 < x < 2\}
+(1,2) => \{x \in \mathbb{R} \mid 1 < x < 2\}
+(1,2) => ]1,2[
+[1,2) => [1,2[
+\mathbb{R} => \text{all real numbers}
+(-\infty, \infty) => \mathbb{R}
+\mathbb{R}\setminus\{0\} => (-\infty,0)\cup(0,\infty)
+\mathbb{R}\setminus\{0\} => x \ne 0
+\text{all real numbers except } 0 => \mathbb{R}\setminus\{0\}
+x \neq 1, x \neq 2 => \mathbb{R} \setminus \{1,2\}
+12345 => 12 345
+\frac12 => ½
+x^2 => x²
+1+i => 1+\mathrm{i}
+\frac{1}{2}+\frac{\sqrt3}{2}i => e^{i\pi/3}
+e^{i\pi/3} => \cos\frac{\pi}{3}+i\sin\frac{\pi}{3}
+52_8 => 52 \text{ base } 8
+52_8 => 52_{\text{eight}}
+52_8 => 52_{\text{base }8}
+\text{no solution} => no solution
+July 4 => 4 July
+July 4 => July 4th
+\text{I and III} => \text{I, III only}
+\log_2 3 => \log_{2}{3}
+\frac{\sqrt3}{2} => \sin 60^\circ
+\frac{\sqrt3}{2} => \sin \frac{\pi}{3}
+\frac{\pi}{4}+k\pi => \frac{\pi}{4}+k\pi, k \in \mathbb{Z}
+\frac{\pi}{4}+k\pi, k \in \mathbb{Z} => \frac{\pi}{4}+n\pi
+\frac{\pi}{4}+k\pi, k \in \mathbb{Z} => \frac{5\pi}{4}+n\pi, n \in \mathbb{Z}
+x \equiv 3 \pmod 7 => 3 \bmod 7
+x \equiv 3 \pmod 7 => x = 7k+3, k \in \mathbb{Z}
+2x+3 => f(x) = 2x+3
+2x+3 => y = 2x+3
+y = 2x+3 => f(x) = 2x+3
+(B) => B
+12 => \textbf{(B) } 12
+B => \text{(B) } 12
+60 \text{ kph} => 60 \text{ kilometers per hour}
+5 \text{ in}^2 => 5 \text{ square inches}
+1.25 \text{ hours} => 1 \text{ hour } 15 \text{ minutes}
+5 \text{ s}^{-1} => 5 \text{ per second}
+5 => 5 \text{ cm}^2
+x => x + y - y
+x+1 => (x+1)^1
+x+1 => \frac{x^2-1}{x-1}
+5 => 5. \overline{0}
+5 => 4.\overline{9}
+1 => 0.\overline{9}
+-3 => -\!3
+-3 => (-3)
+-3 => - 3
+-3 => \text{-3}
+3, 4 => 3 \text{ and } 4
+3, 4 => 4 \text{ or } 3
+\{3, 4\} => 3, 4
+\begin{pmatrix} 1 \\ 2 \end{pmatrix} => \begin{bmatrix} 1 \\[4pt] 2 \end{bmatrix}
+\begin{pmatrix} 1 \\ 2 \end{pmatrix} => \left(\begin{array}{c} 1 \\ 2 \end{array}\right)
+\begin{cases} x=1 \\ y=2 \end{cases} => x=1, y=2
+x=1, y=2 => (1, 2)
+x > \sqrt{3} => x > \frac{\sqrt{12}}{2}
+xy => y \cdot x
+\mathbb{R} => x<3 \text{ or } x>1
+(1,2) => x=1, y=2
+\text{Thursday} => Thursday
+18 \text{ m/s} => 18 \text{ m s}^{-1}
+2\pi \text{ cm} => 2\pi
+2\pi => 2\pi \text{ cm}
+x \in (0, 1) => 0 < x < 1
+n = 3 => 3
+x = 3, -3 => \pm 3
+\pm 3 => 3, -3
+2 \pm \sqrt{3} => 2+\sqrt3, 2-\sqrt3
+\frac{-1 \pm \sqrt{5}}{2} => \frac{-1+\sqrt5}{2}, \frac{-1-\sqrt5}{2}
+\frac{1}{2}x => x/2
+\frac{1}{2}x => 1/2 x
+\frac{2}{3}\pi => 2/3\pi
+y=\frac{1}{2}x+1 => x-2y+2=0
+y=\frac{1}{2}x+1 => 2y=x+2
+x^2+y^2=4 => x^2+y^2-4=0
+1,2,3 => 1, 2, \text{ and } 3
+\pi => \pi \approx 3.14
+\sqrt2 => \sqrt{2} = 1.41
+\sqrt2 => 1.41421356
+4 => \text{4}
+4 => 4,
+4 => 4;
 """
 
 DIFFERENT = r"""
@@ -410,6 +536,105 @@ A => AB
 5 => 5 = 5 = x + 1
 5 => [5]
 2 => \sqrt{4} = \pm 2
+15 => 8+7
+15 => x = 8+7
+15 => 15 = 8+7
+15 => 6 = 8 = 15
+15 => \text{fifteen}
+15 => 15 \text{ or so}
+15 => 15_{10}
+15 => 1.5 \times 10
+1000 => 10^3
+1000000 => 10^6
+0.001 => 10^{-3}
+15 => \sqrt{225}
+15 => 30/2
+15 => \frac{30}{2}
+\frac{1}{2} => 2^{-1}
+\frac{1}{2} => 1-\frac12
+(3, 4) => (1+2, 4)
+\{1,2\} => \{1, 1+1\}
+[0, 1] => [0, 2-1]
+(0, \infty) => (1-1, \infty)
+x > 2 => x > 1+1
+(1,3) => x<3 \text{ or } x>1
+5 \text{ cm} => 5 \text{ cm}^1
+12 => \text{(B) } 12 \text{ or (C) } 13
+5 \text{ cm} => 2+3 \text{ cm}
+\$5 => \$2+\$3
+50\% => 25\%+25\%
+3\sqrt2 => \max(3\sqrt2, 1)
+3\sqrt2 => \sum_{k=1}^3 \sqrt2
+2^{100} => 2^{100}+1
+2^{1000} => 2^{1000}+1
+3628800 => 10!
+\frac{\pi}{4} => 45^\circ
+\frac{\pi}{4} => \frac{\pi}{4}^\circ
+30 => 30 \text{ radians}
+x^2+1 => \int_0^1 x^2+1 \,dx
+\frac{1}{30000000} => 0.0000000
+1:3 => 3:1
+1:3 => \frac13
+12:30 => 12.5
+f'(x) => f(x)
+A^T => A
+\frac{dy}{dx} => \frac{dx}{dy}
+\{\emptyset\} => \emptyset
+\emptyset => \{\emptyset\}
+p=4, q=9 => 9, 4
+p=4, q=9 => p=9, q=4
+0.5 => 0.5\%
+(-\infty,1)\cup(3,\infty) => x<1 \text{ or } x\ge3
+July 4 => July 5
+\frac{1}{2} => \sin 30^\circ
+\frac{\pi}{4}+k\pi, k \in \mathbb{Z} => \frac{\pi}{4}+2n\pi
+12 => \text{(B) } 13
+(B) => (C) 12
+5 => 5 \text{ million}
+5 => 5 \text{ Milliarden}
+5 => 5 \text{ lakh}
+5 => 5 万
+5 => 5k
+5 => 5K
+5 => 5M
+5 => 5 \text{ and a half}
+5 => 5 \text{ halves}
+5 => 5 \text{ squared}
+5 => 5 \text{ plus one}
+5 => 5 \text{ gradians}
+5 => 5'
+5 => 5''
+5 => 5^{\circ} 30'
+|x| => x
+\sqrt{x^2} => x
+5 => \lceil 4.5 \rceil
+5 => 5 \cdot 1
+-3 => \text{negative } 3
+(3, 4) => 3, 4
+\begin{pmatrix} 1 \\ 2 \end{pmatrix} => \begin{pmatrix} 2-1 \\ 2 \end{pmatrix}
+\begin{pmatrix} 1 & 2 \end{pmatrix} => \begin{pmatrix} 1 \\ 2 \end{pmatrix}
+\begin{pmatrix} 1 & 2 \end{pmatrix} => \begin{pmatrix} 1 \\ 2 \end{pmatrix}^T
+(1,2) => x=2, y=1
+\text{east} => \text{due east}
+77 => 1,-2
+1,-2 => 77
+18 \text{ m/s} => 18 \text{ m/s}^2
+10^3 \text{ kg} => 10^3 \text{ g}
+\pm 3 => 3
+x^2+y^2=4 => x^2+y^2=5
+x^2+y^2=4 => x^2-y^2=4
+1,2,3 => 1,2,3,4
+3.14 => \pi \approx 3.14
+\sqrt2 => 1.41
+-1 => i^2
+-1 => e^{i\pi}
+4 => |{-4}|
+4 => |-4|
+4 => 2^2
+4 => f(4)
+4 => 4\cdot
+4 => ,4
+four => 4
 """
 
 
@@ -506,6 +731,110 @@ def test_late_worker_is_killed_and_replaced():
         assert graders.counts == {"ok": 2, "timeout": 1}
 
 
+# ---- the rules: a reward that cannot be gamed ---------------------------------------------------
+
+PAIRS = [json.loads(line) for line in (HERE / "math_pairs.jsonl").open(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("rule", sorted({pair["rule"] for pair in PAIRS}))
+def test_pairs(graders, rule):
+    pairs = [pair for pair in PAIRS if pair["rule"] == rule]
+    responses = [p["response"] if "response" in p else rf"\boxed{{{p['answer']}}}" for p in pairs]
+    items = [("math", r, pair["gold"]) for r, pair in zip(responses, pairs, strict=True)]
+    results = zip(pairs, graders.grade(items), strict=True)
+    assert [(pair, got) for pair, got in results if got.correct != pair["correct"]] == []
+
+
+def accepted(graders, golds, form):
+    """The golds for which the answer form({"g": gold}) is accepted."""
+    written = [form({"g": int(gold) if gold.lstrip("-").isdigit() else gold}) for gold in golds]
+    items = [("math", rf"\boxed{{{x}}}", gold) for x, gold in zip(written, golds, strict=True)]
+    results = graders.grade(items)
+    return [gold for gold, result in zip(golds, results, strict=True) if result.correct]
+
+
+COMPUTED = r"""
+{g}+0 | 0+{g} | {g}-0 | 1*{g} | 1 \cdot {g} | {g} \times 1 | {g}^1 | {g}^{{1}} | --{g} | ({g})(1)
+\frac{{2 \cdot {g}}}{{2}} | \sqrt{{{g}^2}} | \int_0^{{{g}}} dx | {g}/1 | |{g}| | 2({g})/2 | {g}e^0
+\frac{{{g}}}{{1}} | \max({g},{g}) | \gcd({g},{g}) | \lfloor {g} \rfloor | {g}+x-x | {g} x^0
+\binom{{{g}}}{{1}} | \sum_{{k=1}}^{{1}} {g} | \lim_{{x \to 0}} {g} | \log_2 2^{{{g}}} | f({g})
+\det\begin{{pmatrix}}{g}\end{{pmatrix}} | {g}\sin 90^\circ | {g} \bmod 99999
+({g}+1)-1 | {g} \over 1
+"""
+WRITTEN = r"""
+\text{{{g}}} | ${g}$ | \({g}\) | {g}. | {g}  | x={g} | x = {g} | {{{g}}}
+\mathbf{{{g}}} | \boxed{{{g}}} | \displaystyle {g} | \left({g}\right) | \mathrm{{{g}}}
+\textbf{{{g}}} | \bm{{{g}}}
+"""
+OF_WHOLE_NUMBERS = r"""
+{g}.00 | \${g} | {g}\text{{ cm}} | {g} \text{{ square units}} | {g} dollars | {g}\ \mathrm{{km/h}}
+{g}^\circ | {g}\,\text{{apples}} | {g} \text{{ ways}} | {g:,} | {g}\,\text{{cm}}^2 | {g} \, m | €{g}
+"""
+
+
+def forms(table):
+    return [form.strip(" ") for form in re.split(r" \| |\n", table.strip())]
+
+
+def plain_golds():
+    """The golds that are numbers, and those of them that are whole."""
+    golds = {*GOLDS, *(pair["gold"] for pair in PAIRS)}
+    if (DATA / "math500.jsonl").exists():
+        golds |= {row["answer"] for row in load("math500.jsonl")}
+    golds = sorted(golds)
+    literal = [gold for gold in golds if answers.number(answers.clean_latex(gold)) is not None]
+    return literal, [gold for gold in literal if gold.lstrip("-").isdigit()]
+
+
+@pytest.mark.parametrize("form", forms(COMPUTED))
+def test_a_computation_of_a_number_is_never_the_number(graders, form):
+    literal, _ = plain_golds()
+    assert len(literal) > 150 and accepted(graders, literal, form.format_map) == []
+
+
+def test_every_written_form_of_a_number_is_the_number(graders):
+    literal, whole = plain_golds()
+    grouped = [g for g in literal if re.search(r"\d,", g)]  # (1,234) is a pair
+    for form in forms(WRITTEN):
+        assert {*literal} - {*accepted(graders, literal, form.format_map)} <= {*grouped}
+    for form in forms(OF_WHOLE_NUMBERS):
+        assert accepted(graders, whole, form.format_map) == whole
+    for mark in (",", " ", "{,}", r"\,", ",\\!", "\u202f", "'"):
+        written = [f"\\boxed{{{int(g):,}}}".replace(",", mark) for g in whole]
+        results = graders.grade([("math", x, g) for x, g in zip(written, whole, strict=True)])
+        assert all(result.correct for result in results)
+
+
+def test_copying_a_demo_problem_into_the_box_earns_nothing(graders):
+    rows = [json.loads(line) for line in (HERE.parent / "demo/test.jsonl").open()]
+    asked = [re.search(r"[\d+*/ ()-]{3,}", str(row)).group().strip() for row in rows]
+    items = [("math", rf"\boxed{{{x}}}", r["answer"]) for x, r in zip(asked, rows, strict=True)]
+    assert len(rows) > 100 and not any(g.correct for g in graders.grade(items))
+    items = [("math", rf"\boxed{{{x}={r['answer']}}}", r["answer"])
+             for x, r in zip(asked, rows, strict=True)]
+    assert all(g.correct for g in graders.grade(items))
+
+
+def test_equality_is_symmetric(graders):
+    golds = [*GOLDS, *(pair["gold"] for pair in PAIRS)]
+    golds = [gold for gold in golds if answers.number(answers.clean_latex(gold)) is None]
+    pairs = [(golds[i], golds[(i * 7 + k) % len(golds)]) for i in range(len(golds)) for k in (1, 2)]
+    there = graders.grade([("math", rf"\boxed{{{a}}}", b) for a, b in pairs])
+    back = graders.grade([("math", rf"\boxed{{{b}}}", a) for a, b in pairs])
+    results = zip(pairs, there, back, strict=True)
+    assert [pair for pair, x, y in results if x.correct != y.correct and x.status == y.status] == []
+
+
+def test_noise_is_never_an_error(graders):
+    random = Random(0)
+    pieces = [p.get("answer", "5") for p in PAIRS] + list(r"\{}[]()^_=<>,;:'|%$&!?/*+-.0129xyiek ")
+    noise = ["".join(random.choices(pieces[random.choice([0, -40]):], k=4)) for _ in range(600)]
+    golds = random.choices([p["gold"] for p in PAIRS], k=len(noise))
+    items = [("math", rf"\boxed{{{x}}}", gold) for x, gold in zip(noise, golds, strict=True)]
+    results = zip(items, graders.grade(items), strict=True)
+    assert [(item, got.detail) for item, got in results if got.status == "error"] == []
+
+
 # ---- data sets ----------------------------------------------------------------------------------
 
 
@@ -537,4 +866,4 @@ def test_aime_and_gsm8k(graders):
     items = [(f"\\boxed{{{a}}}", a) for a in answers]
     assert all(g.correct for g in graders.grade([("math", *item) for item in items]))
     accepted = against_another(graders, items)
-    assert [pair for pair in accepted if verify.number(pair[0]) != verify.number(pair[1])] == []
+    assert [pair for pair in accepted if answers.number(pair[0]) != answers.number(pair[1])] == []
