@@ -45,6 +45,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 import rollout
+import verify
 from model import Checkpoints, Policy, collate, distribute, full_weights, load_model
 from rollout import Prompt, Sample, rank, say, timed, world_size
 from verify import Grade, Graders, UsageError
@@ -67,7 +68,11 @@ class Config:
                        ("auto", "paper", "demo"))
     model: str = opt("Qwen/Qwen3-8B-Base", "hub name or save_pretrained folder [P]")
     data: str = opt("BytedTsinghua-SIA/DAPO-Math-17k", ".jsonl, .parquet or hub data set [P]")
+    kind: str = opt("", "what all rows of --data are, else each row's own 'kind', or math",
+                    ("", "math", "choice", "code"))
     eval_data: str = opt("math-ai/aime24,math-ai/aime25", "held-out data, comma separated [C]")
+    eval_kind: str = opt("", "the same for --eval_data", ("", "math", "choice", "code"))
+    unsafe_code: bool = opt(False, "run programs also where they could change your files")
     output_dir: str = opt("", "run folder (default runs/SETTING-PRESET-seedN-TIME)")
     seed: int = opt(0, "seed of sampling and shuffling")
     resume: str = opt("", "'auto': go on from the newest checkpoint in --output_dir, if any",
@@ -676,9 +681,12 @@ def rollout_metrics(groups: list[list[Sample]], config: Config) -> dict[str, flo
     lengths = np.array([len(s.ids) for s in samples])
     correct = np.array([bool(s.grade.correct) for s in samples])
     statuses = [s.grade.status for s in samples]
+    kinds = np.array([s.prompt.problem.kind for s in samples])
+    by_kind = {f"accuracy_{kind}": correct[kinds == kind].mean() for kind in sorted({*kinds})}
     return dict(
         reward=rewards_of(groups, config).double().mean().item(),
         accuracy=correct.mean(),
+        **(by_kind if len(by_kind) > 1 else {}),
         response_length=lengths.mean(),
         response_length_positive=lengths[correct].mean() if correct.any() else 0.0,
         response_length_negative=lengths[~correct].mean() if not correct.all() else 0.0,
@@ -730,13 +738,17 @@ def load_inputs(config: Config):
     )
     if any(getattr(model_config, k, None) for k in ("final_logit_softcapping", "logit_scale")):
         raise UsageError(f"model {c.model!r} rescales its logits, which Policy does not do")
-    problems = rollout.load_problems(c.data, needs_answer=not c.reward)
+    problems = rollout.load_problems(c.data, kind=c.kind, needs_answer=not c.reward)
     prompts = rollout.encode_prompts(problems, tokenizer, c.template, c.max_prompt_length)
     held_out = []
     for source in filter(None, c.eval_data.split(",")):
-        problems = rollout.load_problems(source, "test")
+        problems = rollout.load_problems(source, "test", kind=c.eval_kind)
         held_out += rollout.encode_prompts(problems, tokenizer, c.template, c.max_prompt_length)
-    return tokenizer, rollout.PromptSampler(prompts, c.seed), held_out[: c.eval_limit or None]
+    held_out = held_out[: c.eval_limit or None]
+    judged = held_out + ([] if c.reward else prompts)
+    if any(prompt.problem.kind == "code" for prompt in judged):
+        say(verify.protections(c.unsafe_code))
+    return tokenizer, rollout.PromptSampler(prompts, c.seed), held_out
 
 
 def build(config: Config, device: str, kernel: str, precision: torch.dtype | None):

@@ -93,40 +93,13 @@ def find_sources(name: str, bench: Benchmark, args: argparse.Namespace) -> list[
                          f"--data-dir FOLDER with {', '.join(parts)}") from None
 
 
-def choice_problem(where: str, row: dict) -> Problem:
-    """Make a problem of a GPQA row, in an order of options that the question fixes, or of your own
-    row with "problem" or "question", "answer", and "choices" unless the text lists them."""
-    if row.keys() >= {"Question", "Correct Answer"}:
-        options = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
-        seed = rollout.request_seed("gpqa", row["Question"])
-        order = np.random.default_rng(seed).permutation(4).tolist()
-        row = dict(problem=row["Question"], choices=[options[i] for i in order],
-                   answer="ABCD"[order.index(0)])
-    text, answer = row.get("problem") or row.get("question"), str(row.get("answer"))
-    options = row.get("choices") or []
-    if not text or not re.fullmatch("[A-Z]", answer):
-        raise UsageError(f"{where}: found columns {sorted(row)}, expected 'problem', 'choices' "
-                         "and 'answer' (a capital letter), or GPQA's columns")
-    text = text.strip() + "\n" * bool(options)
-    for i, option in enumerate(options):
-        text += f"\n{chr(65 + i)}) {str(option).strip()}"
-    n_choices = len(options) or row.get("n_choices", 4)
-    return Problem(where, text, answer, "choice", dict(n_choices=n_choices))
-
-
-def code_problem(where: str, row: dict) -> Problem:
-    """Make a problem of a LiveCodeBench row, which is the grader's reference: it has the tests."""
-    content, tests = row.get("question_content"), row.get("private_test_cases")
-    if not content or not (tests or row.get("public_test_cases")):
-        raise UsageError(f"{where}: found columns {sorted(row)}, expected LiveCodeBench's, among "
-                         "them 'question_content', 'public_test_cases' and 'private_test_cases'")
-    task = "Read the input from standard input and write the output to standard output."
-    if row.get("starter_code"):
-        task = f"Complete this starter code:\n```python\n{row['starter_code'].rstrip()}\n```"
-    return Problem(where, f"{content.strip()}\n\n{task}", row, "code")
-
-
-CONVERT = dict(math=rollout.to_problem, choice=choice_problem, code=code_problem)
+def gpqa_row(row: dict) -> dict:
+    """Return a row of GPQA with its options as choices, in an order that the question fixes."""
+    options = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
+    seed = rollout.request_seed("gpqa", row["Question"])
+    order = np.random.default_rng(seed).permutation(4).tolist()
+    return dict(problem=row["Question"], choices=[options[i] for i in order],
+                answer="ABCD"[order.index(0)])
 
 
 def load_benchmark(name: str, bench: Benchmark, args: argparse.Namespace) -> list[Problem]:
@@ -139,9 +112,11 @@ def load_benchmark(name: str, bench: Benchmark, args: argparse.Namespace) -> lis
                 day = str(row.get("contest_date", ""))[:10]
                 if bench.kind == "code" and not args.lcb_from <= day <= (args.lcb_to or day):
                     continue
-                problem = CONVERT[bench.kind](where, row)
-                identity = str(row.get(bench.id, row.get("id", Path(where).name)))
-                problems.setdefault(problem.text, dataclasses.replace(problem, id=identity))
+                identity = row.get(bench.id, row.get("id", Path(where).name))
+                if row.keys() >= {"Question", "Correct Answer"}:
+                    row = gpqa_row(row)
+                problem = rollout.to_problem(where, row, bench.kind)
+                problems.setdefault(problem.text, dataclasses.replace(problem, id=str(identity)))
                 rows += 1
         if not problems:
             window = f" with a contest date in {args.lcb_from or '...'} to {args.lcb_to or '...'}"
@@ -258,7 +233,13 @@ def evaluate(
             if rollout.rank() == 0:
                 keep(group)
     ordered = [groups[prompt.problem.id] for prompt in prompts]
-    metrics = summarize(prompts[0].problem.kind, ordered)
+    kinds = [prompt.problem.kind for prompt in prompts]
+    metrics = summarize("code" if "code" in kinds else kinds[0], ordered)
+    if len(set(kinds)) > 1:
+        for kind in sorted(set(kinds)):
+            metrics[f"accuracy_{kind}"] = float(np.mean([
+                record["correct"] for k, group in zip(kinds, ordered, strict=True) if k == kind
+                for record in group]))
     return metrics | dict(seconds=sum(seconds.values())), ordered
 
 
@@ -270,6 +251,9 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
     "reward": "reward, points: mean of all responses, with penalties; what training raises",
     "accuracy": "accuracy, share: correct responses, at the training temperature; if it rises and "
                 "eval_accuracy does not, the problems are learned by heart",
+    "accuracy_math": "math accuracy, share: correct ones of the responses to problems of this kind",
+    "accuracy_choice": "choice accuracy, share: the same for multiple choice",
+    "accuracy_code": "code accuracy, share: the same for programs",
     "response_length": "length, tokens: mean; if it nears --max_response_length, see truncated",
     "response_length_positive": "correct length, tokens: mean of correct responses",
     "response_length_negative": "incorrect length, tokens: mean of incorrect responses",
@@ -321,6 +305,9 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
     "eval_accuracy": "held-out accuracy, share: avg@n, of the samples those that are correct",
     "eval_accuracy_stderr": "standard error, share: of eval_accuracy, clustered by problem; what "
                             "differs by less than two of them may be chance",
+    "eval_accuracy_math": "held-out math, share: accuracy on the problems of this kind",
+    "eval_accuracy_choice": "held-out choice, share: the same for multiple choice",
+    "eval_accuracy_code": "held-out code, share: the same for programs",
     "eval_entropy": "held-out entropy, nats: mean -log p of tokens; unbiased at T = top_p = 1",
     "eval_length": "held-out length, tokens: mean",
     "eval_truncated": "held-out truncated, share: cut at the limit of tokens; should be low",
@@ -512,9 +499,10 @@ class RunFolder:
         """Append the first response of `count` of the step's groups, as text."""
         for s in [group[0] for group in groups[:count]]:
             problem, grade = s.prompt.problem, s.grade
+            answer = None if problem.kind == "code" else problem.reference
             self.append("rollouts.jsonl", dict(
-                step=step, id=problem.id, problem=problem.text, response=s.text,
-                reference=problem.reference, extracted=grade.extracted, correct=grade.correct,
+                step=step, id=problem.id, kind=problem.kind, problem=problem.text, answer=answer,
+                response=s.text, extracted=grade.extracted, correct=grade.correct,
                 status=grade.status, reward=s.reward, length=len(s.ids),
                 finish_reason=s.finish_reason))
 
@@ -707,8 +695,8 @@ def plot_runs(folders: list[Path], out: Path) -> Path:
 
 FLAGS = (  # names, default, help
     ("--benchmarks", "", f"some of {','.join(BENCHMARKS)} (demo, unless --data is given)"),
-    ("--data", "", "a .jsonl or .parquet file of your own, of one --kind"),
-    ("--kind", "math", "of --data: math, choice or code"),
+    ("--data", "", "a .jsonl or .parquet file of your own"),
+    ("--kind", "", "of all rows of --data: math, choice or code (else each row's own, or math)"),
     ("--data-dir --data_dir", "", "folder with copies of the benchmarks, in place of the hub"),
     ("--n --samples", 0, "samples per problem, 0 = the benchmark's own; --samples under torchrun"),
     ("--limit", 0, "problems per benchmark, 0 = all"),
@@ -722,6 +710,7 @@ FLAGS = (  # names, default, help
     ("--lcb_from", "", "LiveCodeBench: first contest date, 2024-08-01 for example"),
     ("--lcb_to", "", "LiveCodeBench: last contest date"),
     ("--tensor_parallel", 1, "ranks that share one copy of the model"),
+    ("--unsafe_code", 0, "1: run programs also where they could change your files"),
 )
 
 
@@ -741,8 +730,8 @@ def check_args(args: argparse.Namespace) -> dict[str, Benchmark]:
     unknown = ",".join(name for name in names if name not in BENCHMARKS)
     if unknown:
         raise UsageError(f"--benchmarks {unknown}: unknown; choose of {', '.join(BENCHMARKS)}")
-    if args.kind not in CONVERT:
-        raise UsageError(f"--kind {args.kind}: give one of {', '.join(CONVERT)}")
+    if args.kind not in ("", *verify.KINDS):
+        raise UsageError(f"--kind {args.kind}: give one of {', '.join(verify.KINDS)}")
     for flag, low, high in (("n", 0, 10**6), ("limit", 0, 10**9), ("temperature", 0, 10),
                             ("top_p", 1e-6, 1), ("max_response_length", 0, 10**9),
                             ("lcb_release", 0, len(LCB_FILES))):
@@ -772,9 +761,9 @@ def run(args: argparse.Namespace) -> None:
     counts = {name: args.n or bench.n for name, bench in benches.items()}
     out = OutputFolder(args.out, vars(args))
     about = dict(device=rollout.init_distributed(), ranks=rollout.world_size(), **environment())
-    kinds = {bench.kind for bench in benches.values()}
+    kinds = {prompt.problem.kind for group in prompts.values() for prompt in group}
     if "code" in kinds:
-        about["sandbox"] = verify.protections()
+        about["sandbox"] = verify.protections(bool(args.unsafe_code))
         say(about["sandbox"])
     texts = {k: rollout.format_prompt("{problem}", tokenizer, args.template, k) for k in kinds}
     out.write(settings=vars(args), environment=about, prompts=texts)

@@ -10,6 +10,7 @@ import contextlib
 import csv
 import hashlib
 import importlib
+import io
 import os
 import socket
 import sys
@@ -25,7 +26,8 @@ from typing import Any, NoReturn
 import numpy as np
 from tqdm import tqdm
 
-from verify import Grade, Graders, UsageError, extract_answer, read_jsonl
+import verify
+from verify import KINDS, Grade, Graders, UsageError, extract_answer
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 PLAIN_TEMPLATE = "{problem}\n" + INSTRUCTION + "\n"  # for models without a chat template
@@ -39,6 +41,10 @@ INSTRUCTIONS = {  # what follows a problem of each kind, in the words that its g
 # and apply our template, so that training and evaluation ask in the same words.
 DAPO_PREFIX = "Solve the following math problem step by step."
 DAPO_SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
+TEXT_COLUMNS = ("prompt", "problem", "question", "question_content")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+TEST_FIELDS = ("public_test_cases", "private_test_cases", "metadata")  # what a code grader reads
+CHECKED_TESTS = 1 << 20  # characters, decoded in 7 ms; some of LiveCodeBench's rows have far more
 
 
 # ---- ranks --------------------------------------------------------------------------------------
@@ -121,37 +127,37 @@ def say(*parts: object) -> None:
 
 @dataclass(frozen=True)
 class Problem:
-    """One row of a data set. `reference` is what the grader of this `kind` compares with."""
+    """One row of a data set. `reference` is what the grader of this `kind` compares with: an
+    answer, a letter, or the TEST_FIELDS of a LiveCodeBench row."""
 
     id: str
     text: str
     reference: Any
     kind: str = "math"
-    options: dict = field(default_factory=dict)  # for the grader, e.g. n_choices
+    options: dict = field(default_factory=dict)  # for the grader: n_choices, time_limit
 
 
 def read_rows(source: str, split: str = "train") -> Iterator[tuple[str, dict]]:
     """Yield (where, row) from a .jsonl, .parquet or .csv file, or from a data set on the hub."""
     path = Path(source)
     if path.suffix == ".jsonl" and path.is_file():
-        yield from read_jsonl(path)
-    elif path.suffix == ".parquet" and path.is_file():
+        yield from verify.read_jsonl(path)
+        return
+    if path.suffix == ".parquet" and path.is_file():
         import pyarrow.parquet
 
-        for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist()):
-            yield f"{source} row {number}", row
+        rows = pyarrow.parquet.read_table(path).to_pylist()
     elif path.suffix == ".csv" and path.is_file():
-        with path.open(encoding="utf-8", newline="") as lines:
-            for number, row in enumerate(csv.DictReader(lines)):
-                yield f"{source} row {number}", row
+        rows = csv.DictReader(io.StringIO(path.read_bytes().decode(), newline=""))
     elif path.exists() or path.suffix or source.count("/") != 1:
         raise UsageError(
             f"data {source!r}: expected an existing .jsonl or .parquet file, or a hub data set "
             "'owner/name' or 'owner/name:config'; check the path"
         )
     else:
-        for number, row in enumerate(_hub_rows(source, split)):
-            yield f"{source} row {number}", row
+        rows = _hub_rows(source, split)
+    for number, row in enumerate(rows):
+        yield f"{source} row {number}", row
 
 
 def _hub_rows(name: str, split: str) -> Iterable[dict]:
@@ -168,35 +174,108 @@ def _hub_rows(name: str, split: str) -> Iterable[dict]:
     return splits[split if split in splits else next(iter(splits))]
 
 
-def to_problem(where: str, row: dict, needs_answer: bool = True) -> Problem:
-    """Make a mathematical problem of a row with the usual columns; `where` names it in errors."""
-    text = next((row[c] for c in ("prompt", "problem", "question") if row.get(c)), None)
+def to_problem(where: str, row: dict, kind: str = "", needs_answer: bool = True) -> Problem:
+    """Make a problem of a row; `where` names it in errors. kind: that of the whole file, which no
+    row may contradict, or "": each row's own, or math. needs_answer=False: answers and tests may
+    be missing, as a reward function judges."""
+    own = row.get("kind")
+    hints = [x for x in ("choices", "tests", "question_content") if row.get(x)]
+    text = next((row[column] for column in TEXT_COLUMNS if row.get(column)), None)
     if isinstance(text, list):  # chat messages; the last user turn is the problem
         text = next((m["content"] for m in reversed(text) if m.get("role") == "user"), None)
-    reward_model = row.get("reward_model")
-    answer = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
-    answer = row.get("answer") if answer is None else answer
-    if answer is None:  # math-ai/aime24 keeps it in a box at the end of its solution
-        answer = extract_answer(row.get("solution"))
-    answer = "" if answer is None else str(answer)
-    if not isinstance(text, str) or (needs_answer and not answer.strip()):
-        raise UsageError(
-            f"{where}: found columns {sorted(row)}, expected a non-empty 'problem', 'question' or "
-            "'prompt', and 'answer', 'reward_model.ground_truth' or a boxed 'solution'"
-        )
+    try:
+        require(own in (None, kind or own) and own in (None, *KINDS), row, "kind",
+                kind or "math, choice or code")
+        require(own or kind or not hints, row, "kind", f"one beside {hints}, in the row or for the "
+                "whole file (--kind, of held-out data --eval_kind)")
+        require(isinstance(text, str) and text.strip(), row, "problem",
+                f"a text, there or in 'prompt' or 'question' (found columns {sorted(row)})")
+        kind = own or kind or "math"
+        text, reference, options = CONVERT[kind](text, row, needs_answer)
+    except UsageError as why:
+        raise UsageError(f"{where}: {why}") from None
+    names = (row.get("id"), row.get("question_id"), where.rpartition("/")[2])
+    identity = next(name for name in names if name is not None)
+    return Problem(str(identity), text, reference, kind, options)
+
+
+def require(right: Any, row: dict, name: str, expected: str) -> None:
+    if not right:
+        raise UsageError(f"field {name!r}: expected {expected}, not {repr(row.get(name))[:80]}")
+
+
+def math_problem(text: str, row: dict, needs_answer: bool) -> tuple[str, str, dict]:
+    """Return text, answer and no options of a row with the usual columns."""
+    of_verl = row.get("reward_model")
+    answers = [of_verl.get("ground_truth")] if isinstance(of_verl, dict) else []
+    answers += [row.get("answer"), extract_answer(row.get("solution"))]  # of math-ai/aime24
+    answer = str(next((x for x in answers if x is not None), "")).strip()
+    require(answer or not needs_answer, row, "answer",
+            "a text, there or in 'reward_model.ground_truth', or a boxed 'solution'")
     if text.startswith(DAPO_PREFIX) and text.endswith(DAPO_SUFFIX):
         text = text[: -len(DAPO_SUFFIX)].partition("\n\n")[2]
-    answer = answer.rpartition("#### ")[2]  # GSM8K ends its worked solution so
-    return Problem(str(row.get("id", where.rpartition("/")[2])), text.strip(), answer.strip())
+    return text.strip(), answer.rpartition("#### ")[2].strip(), {}  # GSM8K's ends a solution so
 
 
-def load_problems(source: str, split: str = "train", needs_answer: bool = True) -> list[Problem]:
+def choice_problem(text: str, row: dict, needs_answer: bool) -> tuple[str, str, dict]:
+    """Return text, letter and options of a row with "choices", or with n_choices (4 if absent) in
+    its text. The answer: a letter; of choices also an index from 0, or a text. A string is an index
+    only if it is no choice's text; one choice's letter that is another's text is an error."""
+    choices, answer = row.get("choices") or [], row.get("answer")
+    require(isinstance(choices, list), row, "choices", "a list of texts")
+    choices = [str(choice).strip() for choice in choices]
+    n = len(choices) or row.get("n_choices") or 4
+    require(n in range(2, 27) and "" not in choices, row, "choices" if choices else "n_choices",
+            "2 to 26 options")
+    letters, given = LETTERS[: int(n)], "" if answer is None else str(answer).strip()
+    listed = list(zip(letters, choices, strict=bool(choices)))
+    meant = {given} & {*letters} | {letter for letter, choice in listed if choice == given}
+    if choices and (type(answer) is int or not meant):
+        meant = {letter for i, letter in enumerate(letters) if str(i) == given}
+    require(len(meant) == 1 or not (given or needs_answer), row, "answer",
+            f"one letter of {letters}, or an index or a text of 'choices'")
+    text = text.strip() + "\n" * bool(choices)
+    text += "".join(f"\n{letter}) {choice}" for letter, choice in listed)
+    return text, "".join(meant), dict(n_choices=len(letters))
+
+
+def code_problem(text: str, row: dict, needs_answer: bool) -> tuple[str, dict, dict]:
+    """Return text, tests and options of a LiveCodeBench row, or of one with "tests" in its form, a
+    list, and the name of a "function" if they call one. Of tests over CHECKED_TESTS an error shows
+    only when they are run, as the status bad_reference."""
+    function, starter = row.get("function") or row.get("func_name"), row.get("starter_code")
+    limit = row.get("time_limit")
+    require(limit is None or (isinstance(limit, int | float) and 0 < limit <= 3600), row,
+            "time_limit", "seconds, at most 3600")
+    reference = {name: row[name] for name in TEST_FIELDS if row.get(name)}
+    if row.get("tests"):
+        reference = dict(public_test_cases=row["tests"], metadata=dict(func_name=function))
+    size = sum(len(tests) for tests in reference.values() if isinstance(tests, str))
+    try:
+        if size <= CHECKED_TESTS and (reference or needs_answer):
+            verify.read_tests(reference)
+    except verify.BadReference as why:
+        name = next((name for name in TEST_FIELDS if row.get(name)), "tests")
+        require(False, row, name, f"tests like {{'input': text, 'output': text}} ({why})")
+    task = "Read the input from standard input and write the output to standard output."
+    if starter:
+        task = f"Complete this starter code:\n```python\n{starter.rstrip()}\n```"
+    elif function:
+        task = f"Write a Python function `{function}`."
+    options = {} if limit is None else dict(time_limit=limit)
+    return f"{text.strip()}\n\n{task}", reference, options
+
+
+CONVERT = dict(math=math_problem, choice=choice_problem, code=code_problem)
+
+
+def load_problems(source: str, split: str = "train", **how: Any) -> list[Problem]:
     """Read a data set, keeping the first of rows with the same problem text (DAPO-Math-17k
-    repeats each about 100 times)."""
+    repeats each about 100 times). how: kind and needs_answer of to_problem."""
     problems: dict[str, Problem] = {}
     rows = 0
     for where, row in read_rows(source, split):
-        problem = to_problem(where, row, needs_answer)
+        problem = to_problem(where, row, **how)
         problems.setdefault(problem.text, problem)
         rows += 1
     if not problems:
@@ -211,10 +290,12 @@ def load_problems(source: str, split: str = "train", needs_answer: bool = True) 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A problem and its token ids under the template."""
+    """A problem and its token ids under the template. opening: "<think>" if the template ends
+    inside one, for the graders, which do not see the prompt; else ""."""
 
     problem: Problem
     ids: list[int]
+    opening: str = ""
 
 
 def load_tokenizer(model: str, max_prompt_length: int, max_response_length: int):
@@ -272,7 +353,9 @@ def encode_prompts(
     # A chat template writes its own BOS; the plain form needs the tokenizer's.
     special = template == "plain" or (template == "auto" and not tokenizer.chat_template)
     ids = tokenizer(texts, add_special_tokens=special).input_ids
-    prompts = [Prompt(problem, i) for problem, i in zip(problems, ids, strict=True)]
+    after = [text.rpartition(p.text)[2] for p, text in zip(problems, texts, strict=True)]
+    openings = ["<think>" * ("<think>" in x.rpartition("</think>")[2]) for x in after]
+    prompts = [Prompt(*prompt) for prompt in zip(problems, ids, openings, strict=True)]
     kept = [prompt for prompt in prompts if len(prompt.ids) <= max_prompt_length]
     if len(kept) < len(prompts):
         say(f"{len(prompts) - len(kept)} of {len(prompts)} prompts over {max_prompt_length} tokens "
@@ -522,7 +605,8 @@ def sample(
             if rank() % engine.tensor_parallel:
                 continue
             p, j = mine[i // n], i % n
-            response.text = tokenizer.decode(response.ids, skip_special_tokens=True)
+            text = tokenizer.decode(response.ids, skip_special_tokens=True)
+            response.text = prompts[p].opening + text
             groups[p][j], grades[p][j] = response, judge(prompts[p].problem, response.text)
             if len(grades[p]) == n:
                 generated.append(p)

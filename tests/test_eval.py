@@ -497,6 +497,7 @@ def names_of(folder):
 
 def test_the_words_are_those_of_the_metrics_there_are(whole):
     names = TRAINED | names_of(whole[0])
+    names |= {f"{x}accuracy_{kind}" for x in ("", "eval_") for kind in verify.KINDS}  # test_kinds.py
     words = {name: evaluation.describe(name) for name in names}
     assert all(all(entry) for entry in words.values())  # label, unit, meaning
     assert set(map(evaluation.describe, evaluation.METRICS)) == set(words.values())
@@ -599,7 +600,7 @@ def test_a_run_folder_and_its_console(tmp_path, capsys, monkeypatch):
     assert len(steps) == 60 and steps[0].keys() == TRAINED
     first, *_ = rollouts = lines(folder.path / "rollouts.jsonl")
     assert len(rollouts) == 60 and first == dict(
-        step=0, id="p0", problem="What is 0+1?", response="\\boxed{0}", reference="1",
+        step=0, id="p0", problem="What is 0+1?", response="\\boxed{0}", kind="math", answer="1",
         extracted="1", correct=True, status="ok", reward=0.5, length=3, finish_reason="stop")
     summary = (folder.path / "summary.md").read_text()
     assert "before (step 0)" in summary and "after (step 60)" in summary and summary in out

@@ -70,8 +70,8 @@ def test_parquet(tmp_path):
     [
         ('{"problem": "a", "answer": "1"}\n{"problem": \n', "d.jsonl:2: broken JSON"),
         ("[1]\n", "d.jsonl:1: a JSON object"),
-        ('{"text": "a", "label": "1"}\n', "found columns ['label', 'text'], expected"),
-        ('{"problem": "a", "answer": ""}\n', "d.jsonl:1: found columns"),
+        ('{"text": "a", "label": "1"}\n', "d.jsonl:1: field 'problem': expected a text"),
+        ('{"problem": "a", "answer": ""}\n', "d.jsonl:1: field 'answer': expected"),
         ("", "no rows"),
     ],
 )

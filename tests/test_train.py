@@ -57,7 +57,7 @@ def test_the_run_folder_is_complete(whole_run):
     assert (folder / "curves.png").stat().st_size > 10_000
     assert "| accuracy |" in (folder / "summary.md").read_text()
     rollouts = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
-    assert {"problem", "response", "correct", "extracted", "reference"} <= rollouts[0].keys()
+    assert {"problem", "response", "correct", "extracted", "answer", "kind"} <= rollouts[0].keys()
     saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert saved == ["step_2", "step_4", "step_6"]
     resumable = [path.parent.name for path in (folder / "checkpoints").glob("*/resume")]
