@@ -349,14 +349,16 @@ class _Server:
         die_with_parent()
         # An installation below /root is closed to another uid; a descriptor is a way in.
         os.dup2(os.open(LIBRARY, os.O_PATH), LIBRARY_FD)
-        inside = [x.removeprefix(LIBRARY) for x in sys.path if x.startswith(LIBRARY)]
-        sys.path += [f"/proc/self/fd/{LIBRARY_FD}{x}" for x in inside]
         self.tmpfs = namespaces and _mount_tmpfs()
         sys.argv = ["solution.py"]
         self.module = types.ModuleType("__main__")  # every program starts with a copy of it
         stars = "".join(f"from {name} import *\n" for name in _STAR)
         exec(f"{stars}import {', '.join(_STAR)}", vars(self.module))
         exec(f"import {', '.join(_IMPORTED)}", {})
+        packages = [vars(module).get("__path__") for module in list(sys.modules.values())]
+        for path in [sys.path, *(x for x in packages if isinstance(x, list))]:
+            inside = [x.removeprefix(LIBRARY) for x in path if x.startswith(LIBRARY)]
+            path += [f"/proc/self/fd/{LIBRARY_FD}{x}" for x in inside]
         builtins.exit = builtins.quit = sys.exit
         sys.set_int_max_str_digits(0)
         gc.freeze()  # the children share these pages
@@ -545,19 +547,20 @@ def _call(scope: dict, func: str, dumps: Callable[[Any], str]) -> int:
 
 
 def _flush(scope: dict, known: int, stdout: Any) -> None:
-    """Write what is still in buffers, as the interpreter does at its end: in the streams, in files
-    that only the program's names hold, then in all others."""
-    for name in ("__stdout__", "stdout"):
-        with suppress(AttributeError, ValueError):  # it is gone, closed or detached
-            getattr(sys, name).flush()
+    """Write what is still in buffers, as the interpreter does at its end: of all streams that the
+    program made, outer ones first (of a cycle that is collected, inner ones may be closed first),
+    then what its destructors write."""
+    replaced, sys.stdout = getattr(sys, "stdout", None), stdout
+    streams = [thing for thing in gc.get_objects() if isinstance(thing, io.IOBase.__base__)]
+    for stream in [replaced, sys.__stdout__, *reversed(streams)]:
+        with suppress(Exception):  # it is gone, closed or detached
+            stream.flush()
+    del streams, stream, replaced
     while len(scope) > known:  # its own names only: touching all would copy the shared pages
         scope.popitem()
-    sys.stdout = sys.__stdout__ = stdout
     gc.collect()
-    for thing in [*gc.get_objects(), stdout]:
-        if isinstance(thing, io.IOBase.__base__):
-            with suppress(Exception):
-                thing.flush()
+    with suppress(ValueError):
+        stdout.flush()
 
 
 def _serve() -> None:

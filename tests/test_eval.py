@@ -497,7 +497,7 @@ def names_of(folder):
 
 def test_the_words_are_those_of_the_metrics_there_are(whole):
     names = TRAINED | names_of(whole[0])
-    names |= {f"{x}accuracy_{kind}" for x in ("", "eval_") for kind in verify.KINDS}  # test_kinds.py
+    names |= {f"{x}accuracy_{kind}" for x in ("", "eval_") for kind in verify.KINDS}
     words = {name: evaluation.describe(name) for name in names}
     assert all(all(entry) for entry in words.values())  # label, unit, meaning
     assert set(map(evaluation.describe, evaluation.METRICS)) == set(words.values())
