@@ -43,7 +43,7 @@ _UNICODE = str.maketrans({
     "∈": r"\in ", "∖": r"\setminus ", "°": r"^\circ ", "∅": r"\emptyset ", "≈": r"\approx ",
     "≡": r"\equiv ", "∨": r"\lor ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "√": r"\sqrt ",
     "′": "'", "’": "'", "％": "%", "\u00a0": " ", "\u2009": r"\,", "\u202f": r"\,", "\n": " ",
-    "\t": " ", "⁄": "/",
+    "\t": " ", "⁄": "/", "¢": r"\text{ cents}",
 })  # fmt: skip
 _ALIASES = {
     "boxed": "", "fbox": "", "displaystyle": "", "textstyle": "", "limits": "", "nolimits": "",
@@ -81,7 +81,7 @@ _REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\text(?!\{\s*[A-Za-z]\s*\})" + _BRACED, r" \1 "),  # words are plain: with and without \text
     # digits in groups, spaces
     (r"(?<=\d)(?:\\[,;: ]|~|\{,\}|\{\\,\}|')(?=\d{3}(?!\d))", ""),
-    (r"\\[,;: ]|~|\\q?quad(?![A-Za-z])", " "),
+    (r"(?:\\[,;: ]|~|\\[hv]space\*?\{[^{}]*\}|\s)+", " "),
     (r"(?<![\w.,])\d{1,3}(?: \d{3})+(?!\d)", lambda m: m[0].replace(" ", "")),
     (r"=\s*-?\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", "")),
     # degrees and percent
@@ -132,7 +132,9 @@ def clean_latex(text: str) -> str:
     """Give one spelling to what LaTeX can write in several ways."""
     if "begin{" not in text:  # escaped once too often; in a matrix it ends a row
         text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)
+    text = re.sub(r"\s+", " ", text)  # the patterns below may be slow on many spaces
     text = re.sub("[½⅓⅔¼¾⅕-⅞]|[⁰¹²³⁴-⁹⁺⁻ⁿⁱ]+|[₀-₉]+", _spell, text)
+    text = re.sub(r"√\s*(\d+)", r"\\sqrt{\1}", text)
     text = text.replace(r"\\", _ROW).translate(_UNICODE)
     text = re.sub(r"\\([A-Za-z]+)", lambda m: _ALIASES.get(m[1], m[0]), text)
     for pattern, new in _REWRITES:
@@ -283,8 +285,8 @@ def _noun(text: str, known: frozenset | None) -> Unit | None:
 def quantity(text: str, known: frozenset | None = None) -> tuple[str, Unit | None]:
     """Return (value, unit) of 5 \\text{cm}^{2}, 2\\pi in, 12 apples, 1 hour 15 minutes. known: the
     stems of the gold's words; None: this is the gold, whose words are right."""
-    item = r"(\d[\d.]*)\s*(?:\\text\{)?\s*([A-Za-z]+)\}?\.?"
-    if re.fullmatch(rf"{item}(?:(?:\s*,)?\s*(?:and\s)?\s*{item})+", text):
+    item = r"(\d[\d.]*) ?(?:\\text\{)? ?([A-Za-z]+)\}?\.?"
+    if len(text) < 99 and re.fullmatch(rf"{item}(?:,? ?(?:and )?{item}){{1,3}}", text):
         parts = [(number(n), _unit(name)) for n, name in re.findall(item, text)]
         if len({unit and unit.dimensions for _, unit in parts}) == 1 and parts[-1][1]:
             last = parts[-1][1]
@@ -303,7 +305,7 @@ def quantity(text: str, known: frozenset | None = None) -> tuple[str, Unit | Non
 
 def _word(text: str) -> str:
     """Return the letters of a purely alphabetic text, without case if more than one; else ""."""
-    text = re.sub(r"\\text|[{}\s.]|(?<=[A-Za-z])['-](?=[a-z])", "", text)
+    text = re.sub(r"^(?:an?|the) (?=\w\w)|\\text|[{}\s.]|(?<=[A-Za-z])['-](?=[a-z])", "", text)
     return (text if len(text) == 1 else text.casefold()) if text.isalpha() else ""
 
 
@@ -532,7 +534,7 @@ def match(gold: Node, answer: Node) -> bool:
         return same_leaf(gold.text, answer.text)
     if gold.kind == "ratio" == answer.kind and len(gold.items) == len(answer.items):
         return _same_ratio(gold.items, answer.items)
-    if "region" in (gold.kind, answer.kind):
+    if "region" in (gold.kind, answer.kind) and "leaf" not in (gold.kind, answer.kind):
         fine = _is_allowed(*([x.text for x in node.items] for node in (gold, answer)))
         return fine and _region("Union", gold).value == _region("Union", answer).value
     names = [{item.name for item in x.items if item.kind == "named"} for x in (gold, answer)]
@@ -661,7 +663,7 @@ def _same_number(gold: str, answer: str, g: Fraction, a: Fraction) -> bool:
     """Compare two written numbers: a whole one is not met by a fraction, x% is x/100, and x where
     x is 1 or more; 1/3 is met by its rounding to six figures or more."""
     fractions = ["\\frac" in x or "/" in x for x in (gold, answer)]
-    if fractions == [False, True] and a.denominator == 1:
+    if fractions == [False, True] and number(answer.removesuffix("%")).denominator == 1:
         return False
     percents = gold.endswith("%"), answer.endswith("%")
     if percents[0] != percents[1]:
@@ -689,6 +691,7 @@ def _sympy(latex: str) -> Any:
     latex = re.sub(r"(?<=[\d)])\s*(?=\()", r"\\cdot ", latex)  # it takes 3(5) for a mixed number
     latex = re.sub(r"(\d+)/(\d+)(?=\s*[\\a-z(])", r"\\frac{\1}{\2} ", latex)  # 1/2x for 1/(2x)
     latex = re.sub(r"\\text\{([A-Za-z])\}", r"\1", latex)
+    latex = re.sub(r"\^\{(\d)\}(?!\d)", r"^\1", latex)  # braces take it twice as long
     config = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
     try:
         tree = latex2sympy(latex, normalization_config=None, conversion_config=config)

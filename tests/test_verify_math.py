@@ -117,6 +117,10 @@ def test_extract(text, answer):
         "\\boxed{" + "9" * 200_000 + "}",
         "\\boxed{" + "^{" * 5000 + "}" * 5000 + "}",
         "\\boxed{" + " " * 1900 + "x}",
+        "\\boxed{x" + " " * 1900 + "x}",
+        "\\boxed{x" + "\\, " * 600 + "x}",
+        "\\boxed{" + "1 hour " * 280 + "x}",
+        "\\boxed{" + "½" * 1900 + "x}",
         "\\boxed{" + "1," * 900 + "1}",
         "\\boxed{" + "-" * 1900 + "}",
         "\\boxed{" + "((" * 900 + "}",
@@ -394,6 +398,110 @@ x^2+y^2=4 => x^2+y^2-4=0
 4 => \text{4}
 4 => 4,
 4 => 4;
+15 => \hspace{1cm}15
+15 => 15\hspace{2pt}\text{cm}
+15 => x \in \{15\}
+15 => 1.5 \cdot 10^{1}
+15 => 150 \times 10^{-1}
+15 => 0015
+15 => 15.000
+123456 => 1,23,456
+1234567 => 1.234.567
+1234567 => 1'234'567
+\frac{3}{4} => 3/4
+\frac{3}{4} => \frac34
+\frac{3}{4} => .75
+\frac{3}{4} => 75\%
+-\frac{3}{4} => \frac{3}{-4}
+0.1\overline{6} => \frac{1}{6}
+\frac{14}{3} => 4\frac{2}{3}
+\frac{14}{3} => 4 \tfrac{2}{3}
+\frac{14}{3} => 4.\overline{6}
+\frac{14}{3} => 4.666667
+p - q => -(q-p)
+3\sqrt{13} => 3 \sqrt {13}
+3\sqrt{13} => \sqrt{9\cdot13}
+3\sqrt{13} => 3\cdot\sqrt{13}
+3\sqrt{13} => 3√13
+6 - 5i => -5i+6
+11\sqrt2 => 11 \cdot 2^{1/2}
+70 \sqrt{2} => 70\sqrt{2} \text{ feet}
+-\frac{\pi}{6} => -\pi/6
+-\frac{\pi}{6} => \frac{-\pi}{6}
+\frac{3\sqrt{3}}{4} => \frac34\sqrt3
+\cot x => \frac{1}{\tan x}
+\cot x => \frac{\cos x}{\sin x}
+\cot x => \cot{x}
+1 \pm \sqrt{19} => 1+\sqrt{19} \text{ and } 1-\sqrt{19}
+1 \pm \sqrt{19} => x = 1 \pm \sqrt{19}
+\text{east} => East
+\text{east} => \textbf{East}
+(a+5)(b+2) => ab+2a+5b+10
+(a+5)(b+2) => (b+2)(a+5)
+(3,4] => 3 < x \le 4
+\text{even} => even
+4210_{5} => 4210_5
+(2,\infty) => x>2
+(2,\infty) => (2, +\infty)
+(-\infty, 0] => x \leq 0
+864 \mbox{ inches}^2 => 864 \text{ in}^2
+864 \mbox{ inches}^2 => 6 \text{ ft}^2
+864 \mbox{ inches}^2 => 864 \text{ square inches}
+5.4 \text{ cents} => 5.4¢
+\text{(C)} => \textbf{(C)}
+\text{ellipse} => ellipse
+\text{ellipse} => an ellipse
+\left[ \frac{\pi^2}{8}, \frac{5 \pi^2}{4} \right] => [\pi^2/8, 5\pi^2/4]
+\{1\pm\sqrt{5},-2\} => -2, 1+\sqrt{5}, 1-\sqrt{5}
+6r^2-4r-24 => 2(3r^2-2r-12)
+8n^2 + 4n + 1 => (2n)^2 \cdot 2+4n+1
+y = 2x + 3 => 2x - y + 3 = 0
+y = -2x => y=-2x
+y = -2x => -2x
+y = 2x + 3 => y - 3 = 2x
+15\mbox{ cm}^2 => 15 \text{ square centimeters}
+18+2\pi => 2\pi + 18
+18+2\pi => 2(\pi+9)
+18+2\pi => 24.283185
+\frac{11+9a}{20} => \frac{11}{20}+\frac{9a}{20}
+\frac{20000}{\pi} => \frac{2 \cdot 10^4}{\pi}
+x^8 + x^7 => x^7(x+1)
+\sin^2 x => 1-\cos^2 x
+\frac{1}{2}\ln 2 => \ln\sqrt2
+\frac{1}{2}\ln 2 => \frac{\ln 2}{2}
+2^{n}-1 => 2^n - 1
+2^n => 2^{n-1}\cdot 2
+\binom{n}{2} => \frac{n(n-1)}{2}
+\lfloor n/2 \rfloor => \lfloor \frac{n}{2} \rfloor
+e^{2x} => (e^x)^2
+e^{2x} => \exp(2x)
+\log_2 5 => \frac{\ln 5}{\ln 2}
+\log 2 => \log_{10} 2
+a^2+b^2 => a^2 + b^2 + c - c
+x => 1x
+2x => x+x
+\sqrt{3} => 3^{0.5}
+\sqrt{3} => \frac{3}{\sqrt3}
+\sqrt{3} => \tan 60^\circ
+\sqrt{3} => |-\sqrt3|
+\pi => 3.14159265
+10:30 => 10:30 \text{ a.m.}
+10:30 \text{ a.m.} => 10:30 AM
+2:3 => 4:6
+2:3 => 2 : 3
+\$12.50 => \$12.5
+\$12.50 => 12.50
+\$12.50 => 1250 \text{ cents}
+25 \text{ mph} => 25 \text{ miles per hour}
+30 \text{ minutes} => \frac12 \text{ hour}
+7 \text{ days} => 1 \text{ week}
+x=2 \text{ or } x=-2 => x = \pm 2
+(x-1)^2+(y-2)^2=9 => x^2-2x+y^2-4y-4=0
+x<0 \text{ or } x>1 => (-\infty, 0) \cup (1, \infty)
+a=1, b=2 => (a,b) = (1,2)
+(1,2) => (x,y) = (1,2)
+(1,2) => x=1,\ y=2
+\text{Yes} => yes
 """
 
 DIFFERENT = r"""
@@ -635,6 +743,69 @@ x^2+y^2=4 => x^2-y^2=4
 4 => 4\cdot
 4 => ,4
 four => 4
+15 => 1​5
+15 => 1\phantom{5}5
+15 => \cancel{14}15
+15 => 15 \not= 16
+15 => 15\\16
+15 => 15 \text{, not } 16
+15 => 15 \text{ (approximately)}
+15 => \approx 15
+15 => 15 \pm 0
+15 => 15 + \text{nothing}
+15 => (15)(1)
+15 => 15^{}
+15 => 15_{}
+15 => {1}{5}
+15 => \text{15 or 16}
+15 => [15, 15]
+15 => \{15, 15\}
+15 => 15 \cup 15
+15 => 15 \in \mathbb{Z}
+15 => 15/1
+15 => \frac{\frac{30}{1}}{2}
+15 => \tfrac{15}{1}
+15 => \overline{15}
+15 => 15,0
+15 => 1,5
+1500 => 1,5,00
+1500 => 15,00
+123456 => 123.456
+15 => 15 \text{ or } \text{fifteen}
+15 => y = 15, x = 16
+15 => \text{The answer is } 15
+15 => 15 = x
+\frac{3}{4} => \frac{3}{4} \cdot 1
+\frac{3}{4} => 3 \cdot \frac{1}{4}
+\frac{3}{4} => \frac{1}{2}+\frac14
+\frac{3}{4} => \frac{3\cdot 5}{4 \cdot 5}
+\frac{3}{4} => \frac{2+1}{4}
+\frac{3}{4} => (3)/(4)
+-\frac{3}{4} => -(\frac{3}{4})
+-\frac{3}{4} => -\left(\frac{3}{4}\right)
+\frac{14}{3} => 4+\frac{2}{3}
+\frac{14}{3} => 4.67
+6 - 5i => (6,-5)
+-\frac{\pi}{6} => -30^\circ
+\text{even} => \text{odd}
+\text{even} => \text{even and odd}
+4210_{5} => 4210
+864 \mbox{ inches}^2 => 864 \text{ inches}
+\text{(C)} => \text{Option C}
+\text{(C)} => (B)
+y = 2x + 3 => x = 2y+3
+\frac{n(n-1)}{2} => \binom{n}{2}
+n! => \prod_{k=1}^n k
+\pi => 22/7
+12 => \text{twelve}
+12 => 1 \text{ dozen}
+10:30 \text{ a.m.} => 10:30 PM
+2:3 => 2/3
+3/4 => 3:4
+\$12.50 => €12.50
+25 \text{ mph} => 25 \text{ km/h}
+\text{Yes} => \text{No}
+\text{True} => T
 """
 
 
