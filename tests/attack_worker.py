@@ -19,7 +19,7 @@ import sandbox  # noqa: E402
 import verify  # noqa: E402
 
 CALLS = {"unshare": (272, 97), "landlock": (444, 444)}
-PLANT = "x = 'PLANTED' * 999\nprint(input())"
+PLANT = "x = 'PLANTED' * 999\n# " + "PLANTED" * 999 + "\nprint(input())"
 
 
 def family() -> set[int]:
@@ -63,7 +63,7 @@ def attack(row: dict, box: sandbox.Sandbox, folder: Path) -> str:
     path = canary(folder)
     before = state(folder)
     if row.get("after_planting"):
-        assert box.run(PLANT, "PLANTED" * 99)[0] == "ok"
+        assert box.run(PLANT, "PLANTED" * 999)[0] == "ok"
     function = row.get("function")
     places = {"{CANARY}": str(path), "{VERIFY}": verify.answers.__file__}
     tests = []
