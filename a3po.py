@@ -140,6 +140,20 @@ class Config:
     grade_timeout: float = opt(10.0, "seconds a grader may take for one response")
 
 
+RANGES = {  # which values the fields may have
+    "[2, inf)": "group_size",  # advantages compare the responses to one prompt
+    "[1, inf)": "prompts_per_step mini_batches micro_batch_tokens max_prompt_length "
+                "max_response_length max_num_seqs head_chunk eval_n",
+    "[0, inf)": "seed steps max_refills overlong_buffer positive_weight negative_weight "
+                "rho_positive rho_negative decay_rate clip_high dual_clip kl_coef tis_cap lr "
+                "warmup_steps weight_decay eval_every eval_limit eval_temperature save_every "
+                "log_rollouts",
+    "(0, inf)": "temperature max_grad_norm grade_timeout",
+    "(0, 1]": "gpu_memory token_fraction entropy_fraction proxy_delta eval_top_p",
+    "[0, 1]": "clip_low",
+    "[0, 1)": "proxy_kappa adam_beta2",
+}  # fmt: skip
+
 # The demo: the same job at laptop size. Every other field keeps its default.
 DEMO_DIR = Path(__file__).resolve().parent / "demo"
 SETTINGS = {
@@ -216,31 +230,24 @@ def parse_args(argv: list[str] | None = None) -> Config:
 def check_config(config: Config) -> None:
     """Refuse impossible values and combinations before any work starts."""
     c = config
+    for interval, names in RANGES.items():
+        low, high = map(float, interval[1:-1].split(","))
+        for name in names.split():
+            value = getattr(c, name)
+            above = value > low or (value == low and interval[0] == "[")
+            if not (above and (value < high or (value == high and interval[-1] == "]"))):
+                raise UsageError(f"--{name} {value}: give a value in {interval}")
     for ok, what in (
-        (c.group_size >= 2, f"--group_size {c.group_size}: a group needs at least 2 responses, "
-         "since advantages compare the responses to one prompt"),
         (c.prompts_per_step % world_size() == 0, f"--prompts_per_step {c.prompts_per_step} is not "
          f"divisible by the {world_size()} ranks: change one of them"),
-        (0 < c.mini_batches <= c.prompts_per_step, f"--mini_batches {c.mini_batches}: give 1 to "
+        (c.mini_batches <= c.prompts_per_step, f"--mini_batches {c.mini_batches}: give at most "
          f"--prompts_per_step ({c.prompts_per_step})"),
-        (0 < c.token_fraction <= 1, f"--token_fraction {c.token_fraction}: give a share in (0, 1]"),
-        (0 < c.entropy_fraction <= 1,
-         f"--entropy_fraction {c.entropy_fraction}: give a share in (0, 1]"),
         (c.kl_coef or not c.proxy_kappa, "--proxy_kappa needs a --kl_coef above 0"),
-        (c.temperature > 0, f"--temperature {c.temperature}: training samples need T > 0"),
-        (0 <= c.overlong_buffer < c.max_response_length, f"--overlong_buffer {c.overlong_buffer}: "
+        (c.overlong_buffer < c.max_response_length, f"--overlong_buffer {c.overlong_buffer}: "
          f"give less than --max_response_length ({c.max_response_length})"),
     ):
         if not ok:
             raise UsageError(what)
-    for names, least in (
-        ("steps lr decay_rate rho_positive rho_negative", 0),
-        ("max_prompt_length max_response_length micro_batch_tokens eval_n head_chunk max_num_seqs",
-         1),
-    ):
-        for name in names.split():
-            if getattr(c, name) < least:
-                raise UsageError(f"--{name} {getattr(c, name)}: must be at least {least}")
 
 
 # ---- loss: copy from here ----
@@ -277,6 +284,8 @@ def decayed_rho(rho: float, step: int, decay_rate: float, decay: str = "linear")
         return max(1.0, rho - decay_rate * step) if rho > 1 else min(1.0, rho + decay_rate * step)
     if decay == "exp":
         return 1.0 + (rho - 1.0) * 2.718281828459045 ** (-decay_rate * step)
+    if decay != "none":
+        raise ValueError(f"unknown decay {decay!r}: give linear, exp or none")
     return rho
 
 
@@ -320,6 +329,10 @@ def shape_advantages(
     multiply whole responses (polarity level [P]); the cells "low_prob", "high_prob", "low_entropy"
     and "high_entropy" choose other tokens (token level [P]).
     """
+    if correct.is_floating_point():  # by dtype: a look at the values would wait for the device
+        raise TypeError(f"correct is a flag, not a reward: give bool, not {correct.dtype}")
+    if entropy is None and "entropy" in positive_cell + negative_cell:
+        raise ValueError(f"{positive_cell} and {negative_cell} need the entropy")
     correct, values = correct.bool()[:, None], {"prob": logprobs, "entropy": entropy}
     (p_side, p_name), (n_side, n_name) = positive_cell.split("_"), negative_cell.split("_")
     keys = values[p_name]

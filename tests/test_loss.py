@@ -60,10 +60,10 @@ def test_shaping_equals_the_loop(ties, fraction):
 def test_shaping_of_nothing():
     empty = torch.zeros(3, 0)
     kwargs = dict(rho_positive=2.0, rho_negative=2.0)
-    shaped = a3po.shape_advantages(empty, torch.ones(3), empty, empty.bool(), **kwargs)
+    shaped = a3po.shape_advantages(empty, torch.ones(3).bool(), empty, empty.bool(), **kwargs)
     assert shaped.shape == (3, 0)
     blank = torch.ones(2, 4)
-    shaped = a3po.shape_advantages(blank, torch.ones(2), blank, torch.zeros(2, 4), **kwargs)
+    shaped = a3po.shape_advantages(blank, torch.ones(2).bool(), blank, torch.zeros(2, 4), **kwargs)
     assert torch.equal(shaped, blank)
 
 
@@ -136,6 +136,18 @@ def test_shaping_ignores_padding_and_row_order():
     batch = [x[flip] for x in (advantages, correct, old, mask)]
     flipped = a3po.shape_advantages(*batch, **kwargs)
     assert torch.equal(flipped[flip][mask], shaped[mask])
+
+
+def test_what_cannot_be_meant_is_refused():
+    A, old, mask = torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2).bool()
+    correct = torch.tensor([True])
+    rho = dict(rho_positive=2.0, rho_negative=2.0)
+    with pytest.raises(TypeError, match="flag"):
+        a3po.shape_advantages(A, torch.tensor([0.5]), old, mask, **rho)
+    with pytest.raises(ValueError, match="entropy"):
+        a3po.shape_advantages(A, correct, old, mask, positive_cell="low_entropy", **rho)
+    with pytest.raises(ValueError, match="decay"):
+        a3po.decayed_rho(2.0, 1, 0.1, "cosine")
 
 
 def test_polarity_comes_from_the_flag_not_from_the_reward():

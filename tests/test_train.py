@@ -163,7 +163,18 @@ def test_a_reward_function_with_partial_credit(tmp_path):
         (["--reward=nowhere:f"], "expected module:function"),
         (["--model=/no/such/model"], "neither a save_pretrained folder nor a hub model"),
         (["--data=/no/such/file.jsonl"], "expected an existing .jsonl or .parquet file"),
-        (["--group_size=1"], "needs at least 2 responses"),
+        (["--group_size=1"], "--group_size 1: give a value in [2, inf)"),
+        (["--tis_cap=-1"], "--tis_cap -1.0: give a value in [0, inf)"),
+        (["--preset=lp_reg", "--proxy_delta=0"], "--proxy_delta 0.0: give a value in (0, 1]"),
+        (["--max_grad_norm=0"], "--max_grad_norm"),
+        (["--clip_low=-0.1"], "--clip_low"),
+        (["--negative_weight=-1"], "--negative_weight"),
+        (["--eval_every=-1"], "--eval_every"),
+        (["--grade_timeout=0"], "--grade_timeout"),
+        (["--lr=nan"], "--lr nan"),
+        (["--lr=inf"], "--lr inf"),
+        (["--max_refills=-1"], "--max_refills"),
+        (["--seed=-1"], "--seed"),
         (["--max_response_length=100000"], "exceed the context"),
         (["--mini_batches=64"], "--mini_batches 64"),
         (["--token_fraction=0"], "--token_fraction"),
@@ -180,6 +191,15 @@ def test_bad_input_is_one_sentence(flags, says, tmp_path, capsys, monkeypatch):
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert says in error
     assert not (tmp_path / "out").exists()
+
+
+def test_every_number_has_a_range_that_holds_the_presets():
+    numbers = {f.name for f in dataclasses.fields(a3po.Config) if f.type in (int, float)}
+    named = " ".join(a3po.RANGES.values()).split()
+    assert set(named) == numbers and len(named) == len(numbers)
+    for setting in a3po.SETTINGS:
+        for preset in a3po.PRESETS:
+            a3po.check_config(a3po.parse_args([f"--setting={setting}", f"--preset={preset}"]))
 
 
 def test_unknown_flags_and_indivisible_batches_are_refused(tmp_path, capsys, monkeypatch):
