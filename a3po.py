@@ -36,6 +36,7 @@ import dataclasses
 import math
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,7 @@ class Config:
     unsafe_code: bool = opt(False, "run programs also where they could change your files")
     output_dir: str = opt("", "run folder (default runs/SETTING-PRESET-seedN-TIME)")
     seed: int = opt(0, "seed of sampling and shuffling")
+    resume_changed: bool = opt(False, "resume with flags that change the method or the data")
     resume: str = opt("", "'auto': go on from the newest checkpoint in --output_dir, if any",
                       ("", "auto"))
     # batch
@@ -626,11 +628,11 @@ def diagnose(history: list[dict[str, float]], mini_batches: int) -> dict[str, fl
         if name not in ("loss", "tokens", "max_grad_norm", "max_ratio_deviation"):
             metrics[name] = sum(sums[name] for sums in history) / tokens
     return metrics | dict(
-        loss=sum(sums["loss"] for sums in history) / max(mini_batches, 1),
-        ratio_max=max(deviations, default=0.0),
+        loss=sum(sums["loss"] for sums in history) / mini_batches if history else None,
+        ratio_max=max(deviations, default=None),
         # of the first update, where the policy is still the old one: anything but ~0 is a bug
-        ratio_max_deviation=deviations[0] if deviations else 0.0,
-        grad_norm=sum(norms) / max(len(norms), 1),
+        ratio_max_deviation=deviations[0] if deviations else None,
+        grad_norm=sum(norms) / len(norms) if norms else None,
         updates=len(norms),
         skipped_updates=len(history) - len(norms),
     )
@@ -658,7 +660,23 @@ def sample_groups(engine, tokenizer, judge, sampler, config: Config, seconds: di
         new = [found[i] for i in range(missing)]
         groups += [group for group in new if is_live(group) or not c.dynamic_sampling]
         drawn += new
+    if not any(map(is_live, drawn)):
+        say(no_signal(drawn, config))
     return groups, drawn
+
+
+def no_signal(groups: list[list[Sample]], config: Config) -> str:
+    """Return what to say of a step from which nothing can be learned; UsageError if the reward
+    function failed for all of it."""
+    grades = [sample.grade for sample in sum(groups, [])]
+    first = next((f", first: {grade.detail}" for grade in grades if grade.detail), "")
+    if all(grade.reward is not None and math.isnan(grade.reward) for grade in grades):
+        raise UsageError(f"--reward {config.reward} failed for all {len(grades)} responses{first}")
+    statuses = Counter(grade.status for grade in grades if grade.status != "ok")
+    why = "".join(f", {n} {status}" for status, n in statuses.most_common())
+    right = sum(bool(grade.correct) for grade in grades)
+    return (f"nothing to learn from in this step: in no group do the rewards differ ({right} of "
+            f"{len(grades)} responses are correct{why}{first})")
 
 
 def is_live(group: list[Sample]) -> bool:
@@ -693,16 +711,19 @@ def rollout_metrics(groups: list[list[Sample]], config: Config) -> dict[str, flo
     samples = sum(groups, [])
     lengths = np.array([len(s.ids) for s in samples])
     correct = np.array([bool(s.grade.correct) for s in samples])
+    judged = any(s.grade.correct is not None for s in samples)
+    failed = [s.grade.reward is not None and math.isnan(s.grade.reward) for s in samples]
     statuses = [s.grade.status for s in samples]
     kinds = np.array([s.prompt.problem.kind for s in samples])
     by_kind = {f"accuracy_{kind}": correct[kinds == kind].mean() for kind in sorted({*kinds})}
     return dict(
         reward=rewards_of(groups, config).double().mean().item(),
-        accuracy=correct.mean(),
+        accuracy=correct.mean() if judged else None,
         **(by_kind if len(by_kind) > 1 else {}),
+        **(dict(reward_errors=sum(failed)) if config.reward else {}),
         response_length=lengths.mean(),
-        response_length_positive=lengths[correct].mean() if correct.any() else 0.0,
-        response_length_negative=lengths[~correct].mean() if not correct.all() else 0.0,
+        response_length_positive=lengths[correct].mean() if correct.any() else None,
+        response_length_negative=lengths[~correct].mean() if not correct.all() else None,
         truncated=np.mean([s.finish_reason == "length" for s in samples]),
         no_answer=statuses.count("no_answer") / len(samples),
         **{f"grader_{x}": statuses.count(x) for x in ("timeout", "error", "bad_reference")},
@@ -711,6 +732,32 @@ def rollout_metrics(groups: list[list[Sample]], config: Config) -> dict[str, flo
         dead_all_correct=correct.reshape(len(groups), -1).all(1).mean(),
         rollout_tokens=int(lengths.sum()),
     )
+
+
+def check_agreement(policy, mini_batches: list[list[dict]], limit: float) -> None:
+    """Stop a run in which vLLM and the trainer are not the same model, whatever the reason, or in
+    which the policy does not repeat itself; looks at the first micro-batch of each rank."""
+    for batch in sum(mini_batches, [])[:1]:
+        with torch.no_grad():
+            logprobs = policy(batch)[0]
+        mask, old = batch["mask"], batch.get("old_logprobs", logprobs)
+        known = mask & batch["rollout_logprobs"].isfinite()
+        gap = (logprobs - batch["rollout_logprobs"]).abs()
+        x = read(dict(
+            max_ratio=((logprobs - old).abs() * mask).max().expm1(),
+            gap=gap.where(known, 0.0).sum(), tokens=known.sum(),
+        ))  # fmt: skip
+        mismatch = x["gap"] / max(x["tokens"], 1)
+        if not mismatch <= limit:
+            raise UsageError(
+                f"vLLM and the trainer disagree about the same tokens: mismatch_mean {mismatch:.2g}"
+                f" where {limit:g} is usual. Causes: a model whose logits are scaled, or whose "
+                "attention has a window; a weight that does not reach vLLM; see README, models")
+        if not x["max_ratio"] <= 1e-3:
+            raise UsageError(
+                f"the trainer does not repeat itself: ratio_max_deviation {x['max_ratio']:.2g} "
+                "without an update in between, where 1e-5 is usual. Causes: dropout, a model with "
+                "a state of its own")
 
 
 def token_metrics(mini_batches: list[list[dict]]) -> dict[str, float]:
@@ -730,13 +777,13 @@ def token_metrics(mini_batches: list[list[dict]]) -> dict[str, float]:
             gap=gap.sum(), max_gap=gap.max(),
         ))  # fmt: skip
     x = read(sums)
-    n = max(x["n_pos"] + x["n_neg"], 1)
+    n = x["n_pos"] + x["n_neg"]
     return dict(
-        entropy=(x["entropy_pos"] + x["entropy_neg"]) / n,
-        entropy_positive=x["entropy_pos"] / max(x["n_pos"], 1),
-        entropy_negative=x["entropy_neg"] / max(x["n_neg"], 1),
-        mismatch_mean=x["gap"] / n,
-        mismatch_max=x["max_gap"],
+        entropy=(x["entropy_pos"] + x["entropy_neg"]) / n if n else None,
+        entropy_positive=x["entropy_pos"] / x["n_pos"] if x["n_pos"] else None,
+        entropy_negative=x["entropy_neg"] / x["n_neg"] if x["n_neg"] else None,
+        mismatch_mean=x["gap"] / n if n else None,
+        mismatch_max=x["max_gap"] if n else None,
     )
 
 
@@ -744,7 +791,8 @@ def token_metrics(mini_batches: list[list[dict]]) -> dict[str, float]:
 
 
 def load_inputs(config: Config):
-    """Return tokenizer, prompt sampler and held-out prompts; bad input is refused here."""
+    """Return tokenizer, prompt sampler, held-out prompts and the judge that --reward names, or
+    None; bad input is refused here."""
     c = config
     tokenizer, model_config = rollout.load_tokenizer(
         c.model, c.max_prompt_length, c.max_response_length
@@ -758,10 +806,13 @@ def load_inputs(config: Config):
         problems = rollout.load_problems(source, "test", kind=c.eval_kind)
         held_out += rollout.encode_prompts(problems, tokenizer, c.template, c.max_prompt_length)
     held_out = held_out[: c.eval_limit or None]
+    if c.reward and held_out:
+        say("held-out problems are judged by the built-in graders, not by --reward")
     judged = held_out + ([] if c.reward else prompts)
     if any(prompt.problem.kind == "code" for prompt in judged):
         say(verify.protections(c.unsafe_code))
-    return tokenizer, rollout.PromptSampler(prompts, c.seed), held_out
+    judge = rollout.judge_by_function(c.reward, c.grade_timeout) if c.reward else None
+    return tokenizer, rollout.PromptSampler(prompts, c.seed), held_out, judge
 
 
 def build(config: Config, device: str, kernel: str, precision: torch.dtype | None):
@@ -796,12 +847,9 @@ def set_lr(optimizer, step: int, config: Config) -> float:
     return lr
 
 
-def train(config: Config) -> None:
+def train(config: Config, run: evaluation.RunFolder) -> None:
     """Sample, score, update and sync, config.steps times."""
-    check_config(config)
-    run = evaluation.RunFolder(dataclasses.asdict(config))
-    tokenizer, sampler, held_out = load_inputs(config)
-    judge = rollout.judge_by_function(config.reward) if config.reward else None
+    tokenizer, sampler, held_out, judge = load_inputs(config)
     device = rollout.init_distributed()
     run.agree()
     kernel, precision = ("grids", None) if device == "cpu" else ("varlen", torch.bfloat16)
@@ -838,6 +886,8 @@ def train(config: Config) -> None:
             with timed(seconds, "score"):
                 mini_batches = make_batches(groups, config, step, device, kernel)
                 score(policy, reference, mini_batches, config)
+            if step - start < 2:  # before the first update, and after the first sync
+                check_agreement(policy, mini_batches, 0.2 if precision else 1e-3)
             # Update: one optimiser step per mini-batch, with A3PO's weights of this step
             with timed(seconds, "update"):
                 rho, lr = rho_at(step, config), set_lr(optimizer, step, config)
@@ -847,12 +897,13 @@ def train(config: Config) -> None:
                 engine.load_weights(full_weights(model))
 
             metrics = dict(step=step) | rollout_metrics(drawn, config) | token_metrics(mini_batches)
-            total = sum(seconds.values())
-            speed = dict(tokens_per_second=metrics["rollout_tokens"] / total, seconds=total)
-            run.log_step(metrics | diagnostics | speed | seconds | rho | dict(lr=lr))
+            run.log_step(metrics | diagnostics | seconds | rho | dict(lr=lr))
             run.log_rollouts(step, drawn, config.log_rollouts)
-            if is_due(step + 1, config.save_every, config.steps):
-                checkpoints.save(step + 1, sampler.cursor)
+            stop = run.asked_to_stop()
+            if stop or is_due(step + 1, config.save_every, config.steps):
+                run.saved = checkpoints.save(step + 1, sampler.cursor)
+            if stop:
+                return
     run.finish()
 
 
@@ -874,14 +925,20 @@ def announce(config: Config) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours are enough
-    config = parse_args(argv)
+    config, run = parse_args(argv), None
     try:
         announce(config)
-        train(config)
+        check_config(config)
+        run = evaluation.RunFolder(dataclasses.asdict(config))
+        train(config, run)
     except UsageError as error:
         if rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        if rank() == 0:
+            print(run.where() if run else "interrupted", file=sys.stderr)
+        rollout.leave(130)
 
 
 if __name__ == "__main__":

@@ -254,6 +254,8 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
     "accuracy_math": "math accuracy, share: correct ones of the responses to problems of this kind",
     "accuracy_choice": "choice accuracy, share: the same for multiple choice",
     "accuracy_code": "code accuracy, share: the same for programs",
+    "reward_errors": "reward errors, responses: --reward raised, was late or gave no number: they "
+                     "got the lowest reward of their group; should be 0",
     "response_length": "length, tokens: mean; if it nears --max_response_length, see truncated",
     "response_length_positive": "correct length, tokens: mean of correct responses",
     "response_length_negative": "incorrect length, tokens: mean of incorrect responses",
@@ -392,6 +394,12 @@ def folder_path(flag: str, folder: str) -> Path:
     return Path(folder)
 
 
+# Flags of a training run that change neither its method nor its data.
+UNCHECKED = (
+    "output_dir resume resume_changed steps setting save_every eval_every eval_n eval_limit "
+    "eval_data eval_kind log_rollouts max_num_seqs gpu_memory micro_batch_tokens head_chunk "
+    "gradient_checkpointing parallel grade_timeout unsafe_code"
+).split()
 KEPT = ("model", "n", "seed", "template", "temperature", "top_p", "max_response_length")
 
 
@@ -451,9 +459,50 @@ class RunFolder:
         name = "{setting}-{preset}-seed{seed}-".format(**settings) + time.strftime("%m%d-%H%M%S")
         self.path = folder_path("--output_dir", settings["output_dir"] or f"runs/{name}")
         self.settings, self.printed, self.lines = settings, 0.0, 0
-        if (self.path / "metrics.jsonl").exists() and not settings["resume"]:
-            raise UsageError(f"--output_dir {self.path} holds a run already: go on with it "
-                             "(--resume auto) or give another folder")
+        self.step, self.saved, self.changed = None, None, []
+        if (self.path / "metrics.jsonl").exists():
+            if not settings["resume"]:
+                raise UsageError(f"--output_dir {self.path} holds a run already: go on with it "
+                                 "(--resume auto) or give another folder")
+            self.check_changes()
+
+    def check_changes(self) -> None:
+        """Say which flags are not those that the run was started with; UsageError where they
+        change the method or the data, unless that is wanted."""
+        path = self.path / "config.json"
+        old = json.loads(path.read_text()) if path.exists() else self.settings
+        self.changed = changed = [
+            f"--{name} {old[name]} -> {value}" for name, value in self.settings.items()
+            if name in old and name not in UNCHECKED and old[name] != value]
+        if changed and not self.settings.get("resume_changed"):
+            raise UsageError(f"--output_dir {self.path} holds a run with other flags: "
+                             f"{', '.join(changed)}; to go on so, add --resume_changed")
+        if changed:
+            say(f"resumed with changed flags: {', '.join(changed)}")
+
+    def set_aside(self) -> None:
+        """Move a run that cannot be resumed out of the way: nothing of it is lost."""
+        old = [path for path in self.path.iterdir() if not path.name.startswith("lost-")]
+        lost = self.path / f"lost-{len(list(self.path.glob('lost-*'))) + 1}"
+        lost.mkdir()
+        for path in old:
+            path.rename(lost / path.name)
+        say(f"no checkpoint to resume from: what was there is in {lost}, and step 0 comes next")
+
+    def asked_to_stop(self) -> bool:
+        """Tell all ranks whether there is a file RUN/stop; it is removed."""
+        stop = self.path / "stop"
+        there = rollout.gather([rollout.rank() == 0 and stop.exists()])[0]
+        if there and rollout.rank() == 0:
+            stop.unlink()
+            say(f"stopped by {stop}; go on with --resume auto --output_dir {self.path}")
+        return there
+
+    def where(self) -> str:
+        """Return where an interrupted run stands."""
+        saved = f"checkpoint at step {self.saved}" if self.saved else "no checkpoint yet"
+        return (f"interrupted at step {self.step if self.step is not None else 0}; {saved}; go on "
+                f"with --resume auto --output_dir {self.path}")
 
     @property
     def checkpoints(self) -> Path:
@@ -467,10 +516,19 @@ class RunFolder:
         """Make the folder. Where it holds a run, drop the lines of `start` and later steps: they
         will be written again."""
         self.opened = time.time()
+        self.saved = start or None
         if rollout.rank() != 0:
             return
+        if start == 0 and (self.path / "metrics.jsonl").exists():
+            self.set_aside()
         about = self.settings | dict(output_dir=str(self.path), environment=environment())
-        replace_file(self.path / "config.json", json.dumps(about, indent=1) + "\n")
+        config = self.path / "config.json"
+        if config.exists() and self.changed:
+            older = len(list(self.path.glob("config.*.json")))
+            shutil.copyfile(config, self.path / f"config.{older + 1}.json")
+        replace_file(config, json.dumps(about, indent=1) + "\n")
+        say(f"the run is in {self.path}; to end it after a step with a checkpoint: touch "
+            f"{self.path / 'stop'}")
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             keep_records(self.path / name, start)
 
@@ -479,12 +537,16 @@ class RunFolder:
             append_records(self.path / name, [record])
 
     def log_step(self, metrics: dict) -> None:
-        """Append the step's metrics; print a line at most every two seconds."""
+        """Append the step's metrics and its speed; print a line at most every two seconds."""
+        total = sum(value for name, value in metrics.items() if name.startswith("seconds_"))
+        metrics |= dict(tokens_per_second=metrics["rollout_tokens"] / total, seconds=total)
         self.append("metrics.jsonl", metrics)
+        self.step = metrics["step"]
         if time.time() - self.printed >= 2:
             if self.lines % 20 == 0:
                 say(f"{'step':>6}" + "".join(f"{describe(name)[0]:>10}" for name in CONSOLE))
-            cells = [f"{metrics[name]:>10{form}}" for name, form in CONSOLE.items()]
+            cells = [f"{'-':>10}" if metrics.get(name) is None else f"{metrics[name]:>10{form}}"
+                     for name, form in CONSOLE.items()]
             say(f"{metrics['step']:6d}" + "".join(cells))
             self.printed, self.lines = time.time(), self.lines + 1
 

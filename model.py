@@ -300,9 +300,9 @@ class Checkpoints:
         self.folder, self.policy, self.optimizer = folder, policy, optimizer
         self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
 
-    def save(self, step: int, cursor: int) -> None:
+    def save(self, step: int, cursor: int) -> int:
         """Write step_N under another name and rename it when it is complete; then delete resume/
-        of older checkpoints."""
+        of older checkpoints. Returns the step."""
         import torch.distributed.checkpoint as dcp
 
         final, partial = self.folder / f"step_{step}", self.folder / f".step_{step}.partial"
@@ -329,6 +329,7 @@ class Checkpoints:
                 if other != final:
                     shutil.rmtree(other / "resume", ignore_errors=True)
         dist.barrier()
+        return step
 
     def resume(self) -> tuple[int, int]:
         """Restore weights and optimiser from the newest checkpoint; return (step, data cursor),

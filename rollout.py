@@ -11,13 +11,15 @@ import csv
 import hashlib
 import importlib
 import io
+import math
 import os
 import socket
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -73,7 +75,7 @@ def init_distributed() -> str:
     return device
 
 
-def leave() -> NoReturn:
+def leave(status: int = 0) -> NoReturn:
     """End a finished process after its exit handlers, without the rest of Python's shutdown: there,
     a thread of gloo that has yet to free a tensor of the last collective aborts the process
     (PyTorch's pull request 179291). destroy_process_group is no cure: DTensor's caches keep the
@@ -81,7 +83,7 @@ def leave() -> NoReturn:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 def rank() -> int:
@@ -135,6 +137,7 @@ class Problem:
     reference: Any
     kind: str = "math"
     options: dict = field(default_factory=dict)  # for the grader: n_choices, time_limit
+    turns: list[dict] = field(default_factory=list)  # chat messages before it, a system one too
 
 
 def read_rows(source: str, split: str = "train") -> Iterator[tuple[str, dict]]:
@@ -181,8 +184,10 @@ def to_problem(where: str, row: dict, kind: str = "", needs_answer: bool = True)
     own = row.get("kind")
     hints = [x for x in ("choices", "tests", "question_content") if row.get(x)]
     text = next((row[column] for column in TEXT_COLUMNS if row.get(column)), None)
+    turns: list[dict] = []
     if isinstance(text, list):  # chat messages; the last user turn is the problem
-        text = next((m["content"] for m in reversed(text) if m.get("role") == "user"), None)
+        asked = [i for i, turn in enumerate(text) if turn.get("role") == "user"]
+        turns, text = (text[: asked[-1]], text[asked[-1]]["content"]) if asked else ([], None)
     try:
         require(own in (None, kind or own) and own in (None, *KINDS), row, "kind",
                 kind or "math, choice or code")
@@ -196,7 +201,7 @@ def to_problem(where: str, row: dict, kind: str = "", needs_answer: bool = True)
         raise UsageError(f"{where}: {why}") from None
     names = (row.get("id"), row.get("question_id"), where.rpartition("/")[2])
     identity = next(name for name in names if name is not None)
-    return Problem(str(identity), text, reference, kind, options)
+    return Problem(str(identity), text, reference, kind, options, turns)
 
 
 def require(right: Any, row: dict, name: str, expected: str) -> None:
@@ -321,18 +326,24 @@ def load_tokenizer(model: str, max_prompt_length: int, max_response_length: int)
     return tokenizer, config
 
 
-def format_prompt(problem: str, tokenizer, template: str = "auto", kind: str = "math") -> str:
+def format_prompt(
+    problem: str, tokenizer, template: str = "auto", kind: str = "math", turns: Iterable = ()
+) -> str:
     """Return the text the model sees. template: "auto" (the tokenizer's chat template where it has
-    one, else plain), "chat", "plain", or a string that contains {problem}."""
+    one, else plain), "chat", "plain", or a string that contains {problem}, in which a typed \\n
+    is the end of a line. turns: chat messages before the problem; their text stands before it
+    where there is no chat."""
     instruction = INSTRUCTIONS[kind]
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "plain"
     if template == "chat":
         message = {"role": "user", "content": f"{problem}\n{instruction}"}
-        return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        messages = [*turns, message]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if template == "plain":
         template = PLAIN_TEMPLATE.replace(INSTRUCTION, instruction)
-    return template.replace("{problem}", problem)
+    before = "".join(f"{turn['content']}\n\n" for turn in turns)
+    return before + template.replace("\\n", "\n").replace("{problem}", problem)
 
 
 def check_template(tokenizer, template: str) -> None:
@@ -349,7 +360,7 @@ def encode_prompts(
 ) -> list[Prompt]:
     """Tokenise the problems; drop those longer than max_prompt_length tokens, and say how many."""
     check_template(tokenizer, template)
-    texts = [format_prompt(p.text, tokenizer, template, p.kind) for p in problems]
+    texts = [format_prompt(p.text, tokenizer, template, p.kind, p.turns) for p in problems]
     # A chat template writes its own BOS; the plain form needs the tokenizer's.
     special = template == "plain" or (template == "auto" and not tokenizer.chat_template)
     ids = tokenizer(texts, add_special_tokens=special).input_ids
@@ -552,10 +563,11 @@ def judge_by_rules(graders: Graders) -> Judge:
     )
 
 
-def judge_by_function(name: str) -> Judge:
+def judge_by_function(name: str, timeout: float = 10.0) -> Judge:
     """Return the judge that asks function(response, problem) of --reward module:function. It gets
     the text and a Problem and returns a reward, or (reward, correct); the module is found from the
-    working directory. Raises UsageError where there is no such function."""
+    working directory. Raises UsageError where there is no such function. Calls run in 16 threads;
+    one that raises, returns no finite number or takes over `timeout` seconds has the reward nan."""
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
@@ -563,13 +575,27 @@ def judge_by_function(name: str) -> Judge:
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"--reward {name!r}: expected module:function ({error})") from None
 
-    def judge(problem: Problem, text: str) -> Future:
-        result, future = reward_function(text, problem), Future()
-        reward, correct = result if isinstance(result, tuple) else (result, None)
-        future.set_result(Grade(correct, None, reward=float(reward)))
-        return future
+    def call(text: str, problem: Problem, grades: list[Grade]) -> None:
+        try:
+            result = reward_function(text, problem)
+            reward, correct = result if isinstance(result, tuple) else (result, None)
+            if not math.isfinite(reward):
+                raise ValueError(f"the reward is {reward}")
+            grades.append(Grade(correct, None, reward=float(reward)))
+        except Exception as why:
+            said = f"{type(why).__name__}: {why}"[:200]
+            grades.append(Grade(False, None, "error", said, math.nan))
 
-    return judge
+    def judge(problem: Problem, text: str) -> Grade:
+        grades: list[Grade] = []
+        thread = threading.Thread(target=call, args=(text, problem, grades), daemon=True)
+        thread.start()  # of its own, for a call that hangs cannot be ended
+        thread.join(timeout)
+        late = Grade(False, None, "timeout", f"no answer for {timeout:g} s", math.nan)
+        return grades[0] if grades else late
+
+    pool = ThreadPoolExecutor(16, "reward")
+    return lambda problem, text: pool.submit(judge, problem, text)
 
 
 def sample(
@@ -595,6 +621,10 @@ def sample(
                     grade = groups[p][j].grade = future.result()
                     reward = grade.correct if grade.reward is None else grade.reward
                     groups[p][j].reward = float(reward)
+                worst = min((s.reward for s in groups[p] if s.reward == s.reward), default=0.0)
+                for response in groups[p]:
+                    if response.reward != response.reward:  # nan: the reward function failed
+                        response.reward = worst
                 yield p, groups.pop(p)
 
     responses = engine.generate([prompts[p] for p in mine], n, [seeds[p] for p in mine], **sampling)

@@ -266,7 +266,7 @@ def our_steps(folder: str, tokens: int, steps: int, warmup: int = 2) -> dict[str
         "--mini_batches=1", "--no-dynamic_sampling", "--reward=bench_update:digits_are_even",
         "--tis_cap=0",
     ])
-    tokenizer, sampler, _ = a3po.load_inputs(config)
+    tokenizer, sampler, *_ = a3po.load_inputs(config)
     device = rollout.init_distributed()
     policy, model, reference, optimizer = a3po.build(config, device, "grids", None)
     longest = config.max_prompt_length + config.max_response_length

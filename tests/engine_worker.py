@@ -23,7 +23,7 @@ def main(model: str) -> None:
         ["--setting=demo", f"--model={model}", "--lr=0.02", "--temperature=0.8",
          "--max_prompt_length=32", "--max_response_length=48"]
     )
-    tokenizer, _, _ = a3po.load_inputs(config)
+    tokenizer, *_ = a3po.load_inputs(config)
     device = rollout.init_distributed()
     policy, inner, _, optimizer = a3po.build(config, device, "grids", None)
     engine = rollout.Engine(model, tokenizer, max_model_len=80)

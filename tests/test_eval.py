@@ -498,6 +498,7 @@ def names_of(folder):
 def test_the_words_are_those_of_the_metrics_there_are(whole):
     names = TRAINED | names_of(whole[0])
     names |= {f"{x}accuracy_{kind}" for x in ("", "eval_") for kind in verify.KINDS}
+    names |= {"reward_errors"}  # of --reward
     words = {name: evaluation.describe(name) for name in names}
     assert all(all(entry) for entry in words.values())  # label, unit, meaning
     assert set(map(evaluation.describe, evaluation.METRICS)) == set(words.values())
@@ -607,6 +608,49 @@ def test_a_run_folder_and_its_console(tmp_path, capsys, monkeypatch):
     assert (folder.path / "curves.png").stat().st_size > 10_000
     assert sorted(path.name for path in folder.path.iterdir()) == [
         "config.json", "curves.png", "metrics.jsonl", "rollouts.jsonl", "summary.md"]
+
+
+def test_what_cannot_be_resumed_is_kept(tmp_path, capsys):
+    again = settings(tmp_path / "run", resume="auto")
+    for lost in (1, 2):
+        folder = evaluation.RunFolder(again)
+        folder.open(0)
+        log(folder, range(lost))
+        assert len(lines(folder.path / "metrics.jsonl")) == lost
+    assert len(lines(tmp_path / "run/lost-1/metrics.jsonl")) == 1
+    assert (tmp_path / "run/lost-1/config.json").exists()
+    assert "lost-1" in capsys.readouterr().out
+    evaluation.RunFolder(again).open(0)
+    assert len(lines(tmp_path / "run/lost-2/metrics.jsonl")) == 2
+
+
+def test_changed_flags_are_said_and_refused(tmp_path, capsys):
+    folder = evaluation.RunFolder(settings(tmp_path / "run", lr=1.0, steps=5))
+    folder.open(0)
+    log(folder, range(2))
+    again = settings(tmp_path / "run", resume="auto", lr=2.0, steps=9)
+    with pytest.raises(UsageError, match="--lr 1.0 -> 2.0; .*--resume_changed"):
+        evaluation.RunFolder(again)
+    folder = evaluation.RunFolder(again | dict(resume_changed=True))
+    folder.open(2)
+    assert "--lr 1.0 -> 2.0" in capsys.readouterr().out
+    paths = [tmp_path / "run" / name for name in ("config.1.json", "config.json")]
+    old, new = (json.loads(path.read_text()) for path in paths)
+    assert (old["lr"], new["lr"]) == (1.0, 2.0)
+    evaluation.RunFolder(settings(tmp_path / "run", resume="auto", lr=2.0, steps=11))
+
+
+def test_a_file_stops_a_run_and_an_interrupt_says_how_to_go_on(tmp_path, capsys):
+    folder = evaluation.RunFolder(settings(tmp_path / "run"))
+    folder.open(0)
+    assert "touch" in capsys.readouterr().out and not folder.asked_to_stop()
+    (folder.path / "stop").touch()
+    assert folder.asked_to_stop() and not folder.asked_to_stop()
+    assert "no checkpoint yet" in folder.where()
+    log(folder, range(3))
+    folder.saved = 2
+    assert folder.where() == (f"interrupted at step 2; checkpoint at step 2; go on with --resume "
+                              f"auto --output_dir {folder.path}")
 
 
 def test_going_on_drops_what_will_be_written_again(tmp_path, capsys):

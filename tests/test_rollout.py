@@ -1,6 +1,7 @@
 """Data, template, sampler (fast); the engine and its weight sync (real vLLM, in a subprocess)."""
 
 import json
+import time
 from concurrent.futures import Future
 
 import numpy as np
@@ -232,6 +233,53 @@ def test_reward_functions_are_judges(tmp_path, monkeypatch):
     for name in ("my_rewards:none", "my_rewards", "nowhere:f"):
         with pytest.raises(UsageError, match="expected module:function"):
             rollout.judge_by_function(name)
+
+
+def test_reward_functions_that_fail_are_counted_and_lowest(tmp_path, monkeypatch):
+    (tmp_path / "bad_rewards.py").write_text(
+        "import time\n"
+        "ANSWERS = dict(nan=float('nan'), inf=float('inf'), none=None, text='0.5', fine=-2.0)\n"
+        "def judge(response, problem):\n"
+        "    if response == 'raise': raise RuntimeError('no')\n"
+        "    if response == 'hang': time.sleep(60)\n"
+        "    return ANSWERS[response]\n"
+        "def by_number(response, problem):\n    return [float('nan'), -2.0, 3.0][int(response)]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    judge = rollout.judge_by_function("bad_rewards:judge", timeout=0.5)
+    texts = ["nan", "inf", "none", "text", "raise", "hang", "fine"]
+    started = time.monotonic()
+    futures = [judge(rollout.Problem("1", "?", "2"), text) for text in texts]
+    grades = dict(zip(texts, (future.result() for future in futures), strict=True))
+    assert time.monotonic() - started < 5
+    assert grades.pop("fine") == Grade(None, None, reward=-2.0)
+    assert all(np.isnan(grade.reward) and grade.correct is False for grade in grades.values())
+    assert grades.pop("hang").status == "timeout"
+    assert all(grade.status == "error" and grade.detail for grade in grades.values())
+    engine = Script(SlowJudge())  # its texts are 0, 1, 2
+    prompts = [rollout.Prompt(rollout.Problem("1", "?", ""), [0])]
+    numbers = rollout.judge_by_function("bad_rewards:by_number")
+    [(_, group)] = rollout.sample(engine, engine, numbers, prompts, 3, [0], seconds={})
+    assert [sample.reward for sample in group] == [-2.0, -2.0, 3.0]
+
+
+def test_earlier_turns_and_typed_line_ends_reach_the_model(tmp_path):
+    turns = [dict(role="system", content="Be brief."), dict(role="user", content="Hello"),
+             dict(role="assistant", content="Hi")]
+    row = dict(prompt=[*turns, dict(role="user", content="1+1?")], answer="2")
+    [problem] = rollout.load_problems(write(tmp_path / "d.jsonl", [row]))
+    assert problem.text == "1+1?" and problem.turns == turns
+
+    class Chat:
+        chat_template = "there"
+
+        def apply_chat_template(self, messages, **_):
+            return "|".join(f"{m['role']}: {m['content']}" for m in messages)
+
+    text = rollout.format_prompt("1+1?", Chat(), "chat", turns=turns)
+    assert text.startswith("system: Be brief.|user: Hello|assistant: Hi|user: 1+1?")
+    plain = rollout.format_prompt("1+1?", Chat(), r"Q: {problem}\nA:", turns=turns[:1])
+    assert plain == "Be brief.\n\nQ: 1+1?\nA:"
 
 
 def test_request_seeds_are_far_apart():

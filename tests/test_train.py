@@ -10,10 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, run
 
 import a3po
 import eval as evaluation
+import verify
+from rollout import Problem, Prompt, Sample
+from verify import UsageError
 
 SHORT = ["a3po.py", "--setting=demo", "--eval_limit=32", "--prompts_per_step=8", "--group_size=4",
          "--mini_batches=2", "--seed=3"]
@@ -191,6 +195,44 @@ def test_bad_input_is_one_sentence(flags, says, tmp_path, capsys, monkeypatch):
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert says in error
     assert not (tmp_path / "out").exists()
+
+
+def batch(gap: float = 0.0, moved: float = 0.0) -> dict:
+    ours = torch.full((2, 3), -1.0)
+    return dict(mask=torch.tensor([[True] * 3, [True, False, False]]), logprobs=ours,
+                rollout_logprobs=ours + gap, old_logprobs=ours + moved)
+
+
+@pytest.mark.parametrize(
+    "gap, moved, says",
+    [(0, 0, ""), (5e-4, 0, ""), (2e-3, 0, "mismatch_mean"), (float("nan"), 0, ""),
+     (0, 5e-4, ""), (0, 2e-3, "ratio_max_deviation"), (0, float("nan"), "ratio_max_deviation")],
+)
+def test_a_run_stops_where_vllm_and_the_trainer_differ(gap, moved, says):
+    batches = [[batch(gap, moved)], [batch(9.0)]]  # the first micro-batch is looked at
+    if not says:
+        a3po.check_agreement(lambda b: (b["logprobs"], None, None), batches, 1e-3)
+        return
+    with pytest.raises(UsageError, match=says):
+        a3po.check_agreement(lambda b: (b["logprobs"], None, None), batches, 1e-3)
+    a3po.check_agreement(None, [[]], 1e-3)  # a step without a signal
+
+
+def test_training_on_nothing_is_said():
+    problem = Problem("1", "?", "1")
+    grades = [verify.Grade(False, None, "bad_reference", "cannot be parsed")] * 2
+    group = [Sample(Prompt(problem, [1]), [1], [0.0], "stop", grade=grade) for grade in grades]
+    said = a3po.no_signal([group], a3po.Config())
+    assert "0 of 2 responses are correct, 2 bad_reference, first: cannot be parsed" in said
+    for sample in group:
+        sample.grade = verify.Grade(False, None, "error", "ValueError: no", float("nan"))
+    with pytest.raises(UsageError, match="--reward x:y failed for all 2 responses, first: Value"):
+        a3po.no_signal([group], a3po.Config(reward="x:y"))
+    metrics = a3po.rollout_metrics([group], a3po.Config(reward="x:y", group_size=2))
+    assert metrics["reward_errors"] == 2 and metrics["response_length_positive"] is None
+    nothing = a3po.token_metrics([]) | a3po.diagnose([], 4)
+    empty = ("entropy", "entropy_positive", "mismatch_mean", "loss", "ratio_max", "grad_norm")
+    assert all(nothing[name] is None for name in empty)
 
 
 def test_every_number_has_a_range_that_holds_the_presets():
