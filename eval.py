@@ -194,9 +194,12 @@ def problem_seed(seed: int, prompt: Prompt) -> int:
 
 
 def make_records(name: str, prompt: Prompt, first: int, samples: list[Sample]) -> list[dict]:
-    """Make the lines of samples.jsonl, without the problem; first: the first sample's seed."""
+    """Make the lines of samples.jsonl, without the problem; first: the first sample's seed. Those
+    of math and choice can be graded again by verify.py as they are."""
+    asked = dict(kind=prompt.problem.kind, answer=prompt.problem.reference)
+    asked = asked | prompt.problem.options if asked["kind"] != "code" else dict(kind="code")
     return [
-        dict(benchmark=name, id=prompt.problem.id, sample=j, seed=first + j,
+        dict(benchmark=name, id=prompt.problem.id, sample=j, seed=first + j, **asked,
              correct=bool(s.grade.correct), status=s.grade.status, extracted=s.grade.extracted,
              length=len(s.ids), finish_reason=s.finish_reason,
              logprob=float(s.logprobs.sum(dtype=np.float64)), response=s.text)
@@ -416,6 +419,9 @@ class OutputFolder:
             old, new = self.results["settings"][key], settings[key]
             if old != new:
                 raise UsageError(f"--out {folder} holds samples made with --{key} {old}, not {new}")
+        if self.results["settings"].get("weights", settings["weights"]) != settings["weights"]:
+            raise UsageError(f"--out {folder} holds samples of other weights, which were at "
+                             f"{settings['model']} then: give another folder")
 
     def write(self, **fields) -> None:
         """Put `fields` into results.json."""
@@ -564,8 +570,8 @@ class RunFolder:
             answer = None if problem.kind == "code" else problem.reference
             self.append("rollouts.jsonl", dict(
                 step=step, id=problem.id, kind=problem.kind, problem=problem.text, answer=answer,
-                response=s.text, extracted=grade.extracted, correct=grade.correct,
-                status=grade.status, reward=s.reward, length=len(s.ids),
+                **problem.options, response=s.text, extracted=grade.extracted,
+                correct=grade.correct, status=grade.status, reward=s.reward, length=len(s.ids),
                 finish_reason=s.finish_reason))
 
     def finish(self) -> None:
@@ -821,6 +827,7 @@ def run(args: argparse.Namespace) -> None:
         problems = load_benchmark(name, bench, args)
         prompts[name] = rollout.encode_prompts(problems, tokenizer, args.template, sys.maxsize)
     counts = {name: args.n or bench.n for name, bench in benches.items()}
+    args.weights = rollout.fingerprint(args.model)
     out = OutputFolder(args.out, vars(args))
     about = dict(device=rollout.init_distributed(), ranks=rollout.world_size(), **environment())
     kinds = {prompt.problem.kind for group in prompts.values() for prompt in group}

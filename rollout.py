@@ -429,6 +429,20 @@ class Sample:
         return self.advantage > 0 if self.grade.correct is None else self.grade.correct
 
 
+def fingerprint(model: str) -> str:
+    """Return a hash of a local model's weights: of its files' names, sizes and parts; "" for a hub
+    model."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(model).glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for part in range(8):  # the first is at the start, the last at the end
+                file.seek(max(size - (1 << 16), 0) * part // 7)
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()[:16] if Path(model).is_dir() else ""
+
+
 def stop_token_ids(tokenizer, model: str) -> list[int]:
     """Return all ids that end a response: the tokenizer's EOS and the generation config's, which
     for chat models are often not the same."""

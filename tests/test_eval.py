@@ -610,6 +610,32 @@ def test_a_run_folder_and_its_console(tmp_path, capsys, monkeypatch):
         "config.json", "curves.png", "metrics.jsonl", "rollouts.jsonl", "summary.md"]
 
 
+def test_another_model_at_the_same_path_is_refused(tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(bytes(1_000_000))
+    first = rollout.fingerprint(str(model))
+    flags = evaluation.parse_args([f"--model={model}"])
+    flags.weights = first
+    evaluation.OutputFolder(str(tmp_path / "out"), vars(flags)).path.mkdir()
+    evaluation.OutputFolder(str(tmp_path / "out"), vars(flags)).write()
+    evaluation.OutputFolder(str(tmp_path / "out"), vars(flags))
+    (model / "model.safetensors").write_bytes(bytes(999_999) + b"x")
+    flags.weights = rollout.fingerprint(str(model))
+    assert flags.weights != first  # the file's end is looked at too
+    with pytest.raises(UsageError, match="other weights"):
+        evaluation.OutputFolder(str(tmp_path / "out"), vars(flags))
+    assert rollout.fingerprint("owner/name") == ""
+
+
+def test_samples_can_be_graded_again_as_they_are(whole):
+    samples = [row for row in lines(whole[0] / "samples.jsonl") if row["kind"] != "code"]
+    assert {row["kind"] for row in samples} == {"math", "choice"}
+    again = [verify.grade(row["kind"], row["response"], row["answer"],
+                          **{x: row[x] for x in ("n_choices",) if x in row}) for row in samples]
+    assert [grade.correct for grade in again] == [row["correct"] for row in samples]
+
+
 def test_what_cannot_be_resumed_is_kept(tmp_path, capsys):
     again = settings(tmp_path / "run", resume="auto")
     for lost in (1, 2):
