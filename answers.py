@@ -37,18 +37,19 @@ class BadReference(ValueError):
 # One spelling for everything, and the exact value of a number that is written out.
 
 _ROW = "\ue000"  # stands for \\\\ while spacing commands are removed
+_GAP = "\ue001"  # stands for a wide space, which never groups digits
 _UNICODE = str.maketrans({
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "π": r"\pi ",
     "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∪": r"\cup ",
     "∈": r"\in ", "∖": r"\setminus ", "°": r"^\circ ", "∅": r"\emptyset ", "≈": r"\approx ",
     "≡": r"\equiv ", "∨": r"\lor ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "√": r"\sqrt ",
-    "′": "'", "’": "'", "％": "%", "\u00a0": " ", "\u2009": r"\,", "\u202f": r"\,", "\n": " ",
+    "′": "'", "’": "'", "％": "%", "\u00a0": " ", "\u2009": r"\,", "\u202f": r"\,", "\n": _GAP,
     "\t": " ", "⁄": "/", "¢": r"\text{ cents}",
 })  # fmt: skip
 _ALIASES = {
     "boxed": "", "fbox": "", "displaystyle": "", "textstyle": "", "limits": "", "nolimits": "",
     "dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac", "degree": r"^\circ ", "neq": r"\ne ",
-    "leq": r"\le ", "leqslant": r"\le ", "le": r"\le ", "lt": "<", "quad": " ", "qquad": " ",
+    "leq": r"\le ", "leqslant": r"\le ", "le": r"\le ", "lt": "<", "quad": _GAP, "qquad": _GAP,
     "geq": r"\ge ", "geqslant": r"\ge ", "ge": r"\ge ", "gt": ">", "lbrace": r"\{", "euro": "€",
     "rbrace": r"\}", "varnothing": r"\emptyset ", "langle": "(", "rangle": ")", "pounds": "£",
     "lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "colon": ":", "vee": r"\lor ",
@@ -66,12 +67,16 @@ _REAL = r"(?:all|every|any)(?: the)? reals?(?: numbers?| values?(?: of)?)?(?: [a
 _EXCEPT = r"(?:-|\\setminus|(?i:except|other than|but not|excluding|without)(?: for| when)?)"
 _REWRITES = [(re.compile(pattern), new) for pattern, new in (
     # currency, brackets and fonts
-    (r"\\(?:left|right)(?![A-Za-z])\s*\.?|\\[bB]igg?[lrm]?(?![A-Za-z])|\\!", ""),
+    (r"\\(?:left|right)(?![A-Za-z])\s*\.?|\\[bB]igg?[lrm]?(?![A-Za-z])|\\!\s*", ""),
+    (r"\\phantom\{[^{}\d]*\}", ""),
+    (r"^\*\*(.*)\*\*$", r"\1"), (r"\*\*", "^"),
     (_ROW + r"\s*\[[-\d.]+\s*[a-z]+\]", _ROW),
-    (r"(?:\\\$|^\$(?!.*\$))\s*([-\d.,{}]*\d)", r"\1 \\text{dollars}"),
-    (r"€\s*([-\d.,{}]*\d)|(?<=\d)\s*€", r"\1 \\text{euros}"),
-    (r"£\s*([-\d.,{}]*\d)|(?<=\d)\s*£", r"\1 \\text{gbp}"),
-    (r"\\\$|\$|\\[()\[\]](?=$|[^A-Za-z])|\*\*", ""),
+    (r"(?:(?<!\d)\\\$|^\$(?!.*\$))\s*([-\d.,{}]*\d)(?!\d)", r"\1 \\text{dollars}"),
+    (r"(?<!\d)€\s*([-\d.,{}]*\d)|(?<=\d)\s*€(?!\d)", r"\1 \\text{euros}"),
+    (r"(?<!\d)£\s*([-\d.,{}]*\d)|(?<=\d)\s*£(?!\d)", r"\1 \\text{gbp}"),
+    (r"\\\$|\$", " "), (r"\\[()\[\]](?=$|[^A-Za-z])", ""),
+    (r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"\^\s*\(([^()]*)\)", r"^{\1}"),
+    (r"(^|[-+=(,])\s*\{([\d.]+)\}(?!\{)", r"\1\2"),
     (r"\\(?:text(?:rm|bf|it|sf|normal)?|mbox|hbox|math(?:rm|bf|it|sf)|bm|operatorname)\*?\s*"
      + _BRACED, r"\\text{\1}"),
     (r"(?<![\\A-Za-z])(?:\\text\{\s*)?(" + _FUNCTIONS.replace(" ", "|") + r")\s*\}?(?=\s*[({_])",
@@ -81,13 +86,15 @@ _REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\text(?!\{\s*[A-Za-z]\s*\})" + _BRACED, r" \1 "),  # words are plain: with and without \text
     # digits in groups, spaces
     (r"(?<=\d)(?:\\[,;: ]|~|\{,\}|\{\\,\}|')(?=\d{3}(?!\d))", ""),
-    (r"(?:\\[,;: ]|~|\\[hv]space\*?\{[^{}]*\}|\s)+", " "),
+    (r"(?:\\[,;: ]|~|\s)+", " "),
     (r"(?<![\w.,])\d{1,3}(?: \d{3})+(?!\d)", lambda m: m[0].replace(" ", "")),
-    (r"=\s*-?\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", "")),
+    (_GAP + r"|\\[hv]space\*?\{[^{}]*\}", " "),
+    (r"(?:[=<>{]|\\[lg]e )\s*-?\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", "")),
     # degrees and percent
     (r"(\\(?:sin|cos|tan|cot|sec|csc)\s*[({]?\s*)(-?\d+)" + _DEGREES,
      r"\1 \\frac{\2\\pi}{180} "),
-    (_DEGREES + r"(?:\\text\{)?(?:C(?:elsius)?|F(?:ahrenheit)?)\b\}?", r" \\text{temperature}"),
+    (_DEGREES + r"(?:\\text\{)?C(?:elsius)?\b\}?", r" \\text{celsius}"),
+    (_DEGREES + r"(?:\\text\{)?F(?:ahrenheit)?\b\}?", r" \\text{fahrenheit}"),
     (_DEGREES, r" \\text{deg} "),
     (r"\\%|\s*\bper ?cent(?:age)?\b", "%"),
     # relations, sets, marks
@@ -132,7 +139,7 @@ def clean_latex(text: str) -> str:
     """Give one spelling to what LaTeX can write in several ways."""
     if "begin{" not in text:  # escaped once too often; in a matrix it ends a row
         text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)
-    text = re.sub(r"\s+", " ", text)  # the patterns below may be slow on many spaces
+    text = re.sub(r"[^\S\n]+", " ", text.strip("\u200b\ufeff"))  # many spaces would be slow below
     text = re.sub("[½⅓⅔¼¾⅕-⅞]|[⁰¹²³⁴-⁹⁺⁻ⁿⁱ]+|[₀-₉]+", _spell, text)
     text = re.sub(r"√\s*(\d+)", r"\\sqrt{\1}", text)
     text = text.replace(r"\\", _ROW).translate(_UNICODE)
@@ -161,7 +168,7 @@ def number(text: str) -> Fraction | None:
     if len(text) > 2000:
         return None
     text = re.sub(r" *([-+\\/{}^*]|(?<=\\times)|(?<=\\cdot)) *", r"\1", text.strip())
-    while text.startswith("{") and text.endswith("}") and text.count("{") == 1:
+    while re.fullmatch(r"\{[^{}]*\}|\([^(),]*\)", text):
         text = text[1:-1].strip()
     text = re.sub(r"(?:\\times|\\cdot|\*)10\^\{([+-]?\d+)\}$", r"e\1", text)
     if (m := _DECIMAL.fullmatch(text)) and (m[2] or m[3]):
@@ -185,20 +192,20 @@ def number(text: str) -> Fraction | None:
 
 _UNITS = {}  # by name: size, and dimensions as a list of letters
 for _line in """
-m meter metre = 1 m; cm centimeter centimetre = .01 m; mm millimeter millimetre = .001 m;
-km kilometer kilometre = 1000 m; in inch = .0254 m; ft foot feet = .3048 m; yd yard = .9144 m;
-mi mile = 1609.344 m; acre = 4046.8564224 m m; hectare = 10000 m m; l liter litre = .001 m m m;
-ml cc milliliter millilitre = .000001 m m m; gal gallon = .003785411784 m m m;
-g gram gm = .001 kg; kg kilogram kilo = 1 kg; mg milligram = .000001 kg; lb pound = .45359237 kg;
-oz ounce = .028349523125 kg; ton tonne = 1000 kg; s sec second = 1 s; ms millisecond = .001 s;
-min minute = 60 s; h hr hour = 3600 s; day = 86400 s; wk week = 604800 s; mo month = 1 mo;
-yr year = 12 mo; mph = .44704 m /s; kph kmh kmph = 5/18 m /s; hz hertz = 1 /s;
-n newton = 1 kg m /s /s; j joule = 1 kg m m /s /s; w watt = 1 kg m m /s /s /s;
-kw kilowatt = 1000 kg m m /s /s /s; kwh = 3600000 kg m m /s /s; pa pascal = 1 kg /m /s /s;
-v volt = 1 v; a amp ampere = 1 a; ohm = 1 ohm; mol mole = 1 mol; kelvin = 1 kelvin;
-temperature = 1 temperature; deg degree = 1 deg; rad radian = 1 rad; unit = 1 unit;
-dollar usd = 1 dollar; cent = .01 dollar; euro eur = 1 euro; gbp = 1 gbp; rupee rs = 1 rupee;
-yen = 1 yen; yuan = 1 yuan
+m meter metre = 1 m; cm centimeter centimetre = .01 m; mm millimeter millimetre = .001 m; km
+kilometer kilometre = 1000 m; in inch = .0254 m; ft foot feet = .3048 m; yd yard = .9144 m; mi
+mile = 1609.344 m; acre = 4046.8564224 m m; hectare = 10000 m m; l L liter litre = .001 m m m; ml
+cc milliliter millilitre = .000001 m m m; gal gallon = .003785411784 m m m; g gram gm = .001 kg;
+kg kilogram kilo = 1 kg; mg milligram = .000001 kg; lb pound = .45359237 kg; oz ounce =
+.028349523125 kg; ton tonne = 1000 kg; s sec second = 1 s; ms millisecond = .001 s; min minute =
+60 s; h hr hour = 3600 s; day = 86400 s; wk week = 604800 s; mo month = 1 mo; yr year = 12 mo;
+decade = 120 mo; century = 1200 mo; pint = .000473176473 m m m; quart = .000946352946 m m m; kj =
+1000 kg m m /s /s; mph = .44704 m /s; kph kmh kmph = 5/18 m /s; hz hertz = 1 /s; N newton = 1 kg m
+/s /s; J joule = 1 kg m m /s /s; W watt = 1 kg m m /s /s /s; kw kilowatt = 1000 kg m m /s /s /s;
+kwh = 3600000 kg m m /s /s; pa pascal = 1 kg /m /s /s; V volt = 1 v; A amp ampere = 1 a; ohm = 1
+ohm; mol mole = 1 mol; kelvin = 1 kelvin; celsius = 1 celsius; fahrenheit = 1 fahrenheit; deg
+degree = 1 deg; rad radian = 1 rad; unit = 1 unit; dollar usd = 1 dollar; cent = .01 dollar; euro
+eur = 1 euro; gbp = 1 gbp; rupee rs = 1 rupee; yen = 1 yen; yuan = 1 yuan
 """.replace("\n", " ").split(";"):
     _names, _size = _line.split("=")
     _UNITS |= dict.fromkeys(_names.split(), (Fraction(_size.split()[0]), _size.split()[1:]))
@@ -220,9 +227,11 @@ _NOUNS = frozenset(
     "vertex vertice face angle triangle square rectangle circle polygon cube block tile brick "
     "stone rock star candle battery phone computer picture photo song movie video episode lesson "
     "test grade mark goal win loss match round turn move roll flip head tail dice shift job task "
-    "report email message call visit calorie meal recipe batch share handshake committee route "
-    "diagonal region revolution rotation mouse mice tooth teeth goose geese".split()
+    "report email message call visit leg pet employee lollipop serving shell fruit petal hole copy "
+    "tomato passenger calorie meal recipe batch share handshake committee route diagonal region "
+    "revolution rotation mouse mice tooth teeth goose geese".split()
 )
+_PLURALS = frozenset("people children men women sheep fish dice mice teeth geese".split())
 _ADJECTIVES = frozenset(
     "of the in total different distinct possible real positive integer whole red blue green yellow "
     "black white such ordered valid".split()
@@ -243,6 +252,8 @@ class Unit(NamedTuple):
 
 def _stem(word: str) -> str:
     """Return a word without case and, if that makes a word we know, without its plural."""
+    if len(word) == 1:
+        return word
     word = word.lower()
     forms = (word, word[:-1], word[:-2], word[:-3] + "y") if word.endswith("s") else (word,)
     return next((form for form in forms if form in _UNITS or form in _NOUNS), word)
@@ -274,12 +285,18 @@ def _unit(text: str) -> Unit | None:
     return Unit(size, named) if last else None
 
 
-def _noun(text: str, known: frozenset | None) -> Unit | None:
-    """Return the count noun that a text is: plain words, or those of the gold (None: all are)."""
+def _noun(text: str, one: bool, known: frozenset | None) -> Unit | None:
+    """Return the count noun that a text is: plain words in the plural (one: or not), or those of
+    the gold (None: all are)."""
     text = text.replace(r"\text", "")
-    stems = frozenset(map(_stem, re.findall(r"[A-Za-z]+", text))) - _ADJECTIVES
-    strange = stems - _NOUNS - known if known is not None else set()
-    return None if strange or re.search(r"[^A-Za-z\s{}().-]", text) else Unit(words=stems)
+    words = [word.lower() for word in re.findall(r"[A-Za-z]+", text)]
+    stems = {word: _stem(word) for word in words if word not in _ADJECTIVES}
+    for word, stem in stems.items() if known is not None else ():
+        counted = stem in _NOUNS and (one or stem != word or word in _PLURALS)
+        if not counted and stem not in known:
+            return None
+    letters = not re.search(r"[^A-Za-z\s{}().-]", text)
+    return Unit(words=frozenset(stems.values())) if letters else None
 
 
 def quantity(text: str, known: frozenset | None = None) -> tuple[str, Unit | None]:
@@ -288,9 +305,14 @@ def quantity(text: str, known: frozenset | None = None) -> tuple[str, Unit | Non
     item = r"(\d[\d.]*) ?(?:\\text\{)? ?([A-Za-z]+)\}?\.?"
     if len(text) < 99 and re.fullmatch(rf"{item}(?:,? ?(?:and )?{item}){{1,3}}", text):
         parts = [(number(n), _unit(name)) for n, name in re.findall(item, text)]
-        if len({unit and unit.dimensions for _, unit in parts}) == 1 and parts[-1][1]:
-            last = parts[-1][1]
-            return str(sum(n * unit.size for n, unit in parts) / last.size), last
+        if None not in sum(parts, ()) and len({unit.dimensions for _, unit in parts}) == 1:
+            sizes = [unit.size for _, unit in parts]
+            small = all(
+                max(n, 1) * x < y for (n, _), x, y in zip(parts[1:], sizes[1:], sizes, strict=False)
+            )
+            if small:  # 15 minutes are less than an hour: else it is a sum
+                total = sum(n * unit.size for n, unit in parts)
+                return str(total / sizes[-1]), parts[-1][1]
     for cut in re.finditer(r"(?<=[\w)}\]%!.])(?=\s|\\text)|(?<=\d)(?=[A-Za-z]{2})", text):
         value, tail = text[: cut.start()].strip(), text[cut.start() :].strip()
         plain = number(value.removesuffix("%")) is not None
@@ -298,7 +320,9 @@ def quantity(text: str, known: frozenset | None = None) -> tuple[str, Unit | Non
             continue
         if len(tail) == 1 and not plain and not known:  # in 5x m, m may be a variable
             continue
-        if (unit := _unit(tail)) or (plain and (unit := _noun(tail, known))):
+        if (unit := _unit(tail)) or (
+            plain and (unit := _noun(tail, abs(number(value.removesuffix("%"))) <= 1, known))
+        ):
             return value, unit
     return text, None
 
@@ -345,7 +369,8 @@ _MONTHS = {m.lower() for m in (*calendar.month_name[1:], *calendar.month_abbr[1:
 _NO_NAMES = frozenset(
     "not no never nor neither maybe perhaps possibly probably about approx approximately around "
     "roughly nearly almost under over if unless most least any all pi infty mathbb emptyset cup pm "
-    "mp sqrt sin cos tan cot sec csc log ln exp gcd lcm det lim sum".split()
+    "mp neg lnot likely guess might could should would sqrt sin cos tan cot sec csc log ln exp gcd "
+    "lcm det lim sum".split()
 )
 
 
@@ -406,8 +431,8 @@ def _date_or_time(text: str) -> str:
     text = re.sub(r"\\text|[{}]", "", text)
     words = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b|\b(?:of|the)\b|[,.]", "", text.lower()).split()
     if len(words) in (2, 3) and sum(w.isdigit() for w in words) == len(words) - 1:
-        known = bool(_MONTHS & {*words})
-        return " ".join(sorted(x[:3] if x in _MONTHS else x for x in words)) if known else ""
+        if _MONTHS & {*words}:
+            return " ".join(sorted(x[:3] if x in _MONTHS else x for x in words))
     time = _TIME.fullmatch(text.strip())
     return f"{int(time[1])}{time[2] or ':00'} {time[3] or ''}".lower() if time else ""
 
@@ -447,12 +472,19 @@ def _list(items: list[Node], marks: list[str]) -> Node:
     one variable become one region; those that exclude each other, behind a comma, are joined."""
     names, values = {item.name for item in items}, [x.items[0] for x in items if x.kind == "named"]
     if len(values) == len(items) and len(names) == 1 and any(x.kind == "region" for x in values):
+        if {"and"} < {*marks} & {"and", "or", r"\lor"}:
+            raise ValueError("and mixed with or")
         region = _region("Union" if {"or", r"\lor"} & set(marks) else "Intersection", *values)
         if region.value.is_empty and "and" not in marks:
             region = _region("Union", *values)
         return Node("named", [region], name=names.pop())
-    flat = [x for item in items for x in (item.items if item.kind == "set" else [item])]
-    return flat[0] if len(flat) == 1 else Node("set", flat)
+    flat = []
+    for item in items:
+        inner = item.items[0] if item.kind == "named" else item
+        many = inner.items if inner.kind == "set" else [inner]
+        flat += [Node("named", [x], name=item.name) if item is not inner else x for x in many]
+    any_of = {"or", r"\lor"} & set(marks) and all(_word(x.text) for x in flat)  # I or II
+    return flat[0] if len(flat) == 1 else Node("set", flat, "or" if any_of else "")
 
 
 def _region(operation: str, *nodes: Node) -> Node:
@@ -496,10 +528,11 @@ def _inequality(parts: list[str], relations: list[str], text: str) -> Node:
 
 def _is_name(text: str) -> bool:
     """Tell whether a text names a quantity (x, f(x), m+n, \\angle ABC, Area), not computes one."""
+    text = re.sub(r"\\(?:sin|cos|tan|cot|sec|csc|det)\s*\(?(\\[a-z]+|[A-Za-z])\)?", r"\1", text)
     arguments = r"_\{[^{}]*\}|(?<=[A-Za-z])\([^()]*\)|\^\{-1\}|\\text(?=\{)|'"
     text = re.sub(arguments, "", text.strip())
     words = set(re.findall(r"[a-z]+", text.lower()))
-    return bool(words) and not words & _NO_NAMES and not re.search(r"^-|\d|[\^!]", text)
+    return bool(words) and not words & _NO_NAMES and not re.search(r"^-|\d|[\^!/]", text)
 
 
 def _equation(parts: list[str], marks: list[str], sides: list[Node], text: str) -> Node:
@@ -510,14 +543,19 @@ def _equation(parts: list[str], marks: list[str], sides: list[Node], text: str) 
     for mark, side in zip(marks[first:], sides[first + 1 :], strict=True):
         places = re.fullmatch(r"[+-]?[\d,]*\.?(\d*)", side.text)
         exact, decimal = _sympy(kept[-1].text), number(side.text)
+        exact = exact.doit() if hasattr(exact, "as_numer_denom") else None
         if places and decimal is not None and exact is not None and exact.is_number:
-            enough = len(places[1]) >= (2 if mark == "=" else 0)
-            if enough and 0 < abs(exact - decimal).evalf() <= Fraction(1, 10 ** len(places[1])):
+            gap, half = abs(exact - decimal).evalf(), Fraction(1, 2 * 10 ** len(places[1]))
+            if gap <= half and (mark == r"\approx" or (gap > 0 and len(places[1]) >= 2)):
                 continue
         if mark == r"\approx":
             raise ValueError("a rounding of nothing exact")
         kept.append(side)
     value = kept[0] if len(kept) == 1 else Node("chain", kept, text)
+    names = re.fullmatch(r"\(([^()]*)\)", parts[0])
+    if first == 1 and names and value.kind == "()":  # (x, y) = (1, 2)
+        named = zip(names[1].split(","), value.items, strict=False)
+        return Node("set", [Node("named", [x], text, name.strip()) for name, x in named])
     return Node("named", [value], text, re.sub(r"[\s{}]|\\text", "", parts[0])) if first else value
 
 
@@ -543,10 +581,15 @@ def match(gold: Node, answer: Node) -> bool:
         return False
     if gold.kind == "text":  # 3:00 and 3:00 p.m.
         return gold.text.startswith(answer.text) or answer.text.startswith(gold.text)
-    if len(gold.items) != len(answer.items):
+    if len(gold.items) != len(answer.items) or gold.text != answer.text:
         return False
     if in_order or gold.kind not in ("set", "{}"):
-        return all(map(match, gold.items, answer.items))
+        items = (
+            sorted(answer.items, key=lambda x: x.name.strip("\\"))
+            if in_order and names[1]
+            else answer.items
+        )
+        return all(map(match, gold.items, items))
     unmatched = list(answer.items)  # any order, each item used once
     for item in gold.items:
         found = next((i for i, x in enumerate(unmatched) if match(item, x)), None)
@@ -575,7 +618,11 @@ def _same_ratio(gold: list[Node], answer: list[Node]) -> bool:
     g, a = (list(map(_sympy, side)) for side in texts)
     if not _is_allowed(*texts) or None in g + a:
         return False
-    return all(_equal(x * a[0], y * g[0]) for x, y in zip(g[1:], a[1:], strict=True))
+    zeros = [[x.is_zero for x in side] for side in (g, a)]
+    if zeros[0] != zeros[1] or all(zeros[0]):
+        return False
+    first = zeros[0].index(False) if False in zeros[0] else 0
+    return all(_equal(x * a[first], y * g[first]) for x, y in zip(g, a, strict=True))
 
 
 # ---- leaves -------------------------------------------------------------------------------------
@@ -587,18 +634,21 @@ _REFUSED = re.compile(
 _WORDS = re.compile(r"\d \d|(?<![\\A-Za-z])(?:or|and|not|if|[A-Za-z]{5,})(?![A-Za-z])")  # 0 or 7
 _OPERATORS = re.compile(  # what asks to be evaluated
     r"\\(?:sum|prod|i*int|oint|lim|max|min|gcd|lcm|lfloor|lceil|binom|choose|det|sup|partial|mod|"
-    r"l?c?dots|sim|to|not|ne|pm|mp|equiv)(?![A-Za-z])|[!?]|\\frac\{\\?d|matrix"
+    r"l?c?dots|sim|to|not|ne|pm|mp|equiv)(?![A-Za-z])|[!?]|matrix"
+    r"|\\frac\{(?:d|\\partial)[^{}]*\}\{(?:d|\\partial)"
 )
 _MARKS = re.compile(  # what sympy would lose
-    r"\w?'+|\w?\^\{[T*]\}|\\(?:overline|bar|hat|tilde|dot|vec)(?![A-Za-z])"
+    r"\w?'+|\w?\^\{[T*]\}|\\(?:overline|bar|hat|tilde|dot|vec|(?:tri)?angle)(?![A-Za-z])[^\\+=-]*"
     r"|(?<![A-Za-z\\])\w\^\{-1\}\s*\("
 )
-_IN_BASE = re.compile(r"[\dA-Fa-f]+\s*_\s*\{\s*\d+\s*\}")
+_IN_BASE = re.compile(r"(?:\d[\dA-Fa-f]*|[A-F][\dA-F]*(?=_\{1\d\}))\s*_\s*\{\s*\d+\s*\}")
 
 
 def _refused(text: str) -> bool:
     """Tell whether a text is too long, too deeply nested or has too large numbers for sympy."""
     if not text or len(text) > 2000 or text.count("^") > 100 or _REFUSED.search(text):
+        return True
+    if text.count("|") > 20 or len(re.findall(r"[A-Za-z]\(", text)) > 50:
         return True
     opened = accumulate((c in "([{") - (c in ")]}") for c in text)
     return max(opened) >= 50 or bool(_WORDS.search(text))
@@ -606,8 +656,11 @@ def _refused(text: str) -> bool:
 
 def _is_literal(text: str) -> bool:
     """Tell whether a number, with or without unit, or infinity is written out."""
-    value = quantity(text, frozenset())[0].removesuffix("%")
-    return number(value) is not None or value.lstrip("+-") == r"\infty"
+    text = quantity(text, frozenset())[0].removesuffix("%")
+    value, fraction = number(text), "/" in text or r"\frac" in text
+    if value is not None:
+        return not (fraction and value.denominator == 1)  # a whole number is no fraction
+    return text.lstrip("+-") == r"\infty"
 
 
 def _is_allowed(gold: list[str], answer: list[str]) -> bool:
@@ -622,6 +675,7 @@ def _scale(gold: Unit | None, answer: Unit | None, values: tuple[str, str]) -> F
     is missing is forgiven; a bare angle is in radians if it has a pi, else in degrees."""
     if gold and answer:
         same = gold.words <= answer.words or answer.words <= gold.words
+        same = same and not (gold.words ^ answer.words) & _CHANGES
         return answer.size / gold.size if same and gold.dimensions == answer.dimensions else None
     bare, unit = values[0] if answer else values[1], gold or answer or Unit()
     wrong_angle = unit.dimensions == (("rad" if "pi" not in bare else "deg", 1),)
@@ -631,7 +685,8 @@ def _scale(gold: Unit | None, answer: Unit | None, values: tuple[str, str]) -> F
 def same_leaf(gold: str, answer: str, computed: bool = False) -> bool:
     """Settle text, bases and numbers here, exactly; a number is met by a number only, unless it
     may be computed."""
-    if gold == answer:
+    spaced = re.search(r"\d \d", gold + answer)
+    if gold == answer or (not spaced and gold.replace(" ", "") == answer.replace(" ", "")):
         return True
     words = _word(gold), _word(answer)
     if all(words):
@@ -640,6 +695,8 @@ def same_leaf(gold: str, answer: str, computed: bool = False) -> bool:
     answer, other = quantity(answer, unit.words if unit else frozenset())
     scale = _scale(unit, other, (gold, answer))
     if scale is None or _refused(answer):
+        return False
+    if (unit and answer.endswith("%")) or (other and gold.endswith("%")):
         return False
     if _IN_BASE.fullmatch(gold) or _IN_BASE.fullmatch(answer):
         plain = [re.sub(r"[\s{}]", "", x).lstrip("0").upper() for x in (gold, answer)]
@@ -652,11 +709,12 @@ def same_leaf(gold: str, answer: str, computed: bool = False) -> bool:
     if _MARKS.findall(answer) != _MARKS.findall(gold):
         return False
     wanted, target = _sympy(gold), _sympy(answer)
-    if wanted is None or target is None or not (wanted.is_Boolean == target.is_Boolean is False):
-        return False
-    if a is not None and "." in answer and wanted.is_number:  # to six figures
-        return bool(abs((wanted - target * scale).evalf(20)) <= abs(a) / 10**6)
-    return (scale == 1 and wanted == target) or _equal(wanted, target * scale)
+    if not (hasattr(wanted, "as_numer_denom") and hasattr(target, "as_numer_denom")):
+        return False  # no expressions
+    target *= scale
+    if a is not None and "." in answer and wanted.is_number and not wanted.doit().is_rational:
+        return bool(abs((wanted - target).evalf(20)) <= abs(target) / 10**6)  # to six figures
+    return wanted == target or _equal(wanted, target)
 
 
 def _same_number(gold: str, answer: str, g: Fraction, a: Fraction) -> bool:
@@ -688,6 +746,13 @@ def _sympy(latex: str) -> Any:
 
     if _refused(latex):
         return None
+    if (value := number(latex)) is not None:
+        return Rational(value.numerator, value.denominator)
+    latex = re.sub(
+        r"(\d+) ?\\frac\{(\d+)\}\{(\d+)\}",  # a mixed number, not a product
+        lambda m: rf"\frac{{{int(m[1]) * int(m[3]) + int(m[2])}}}{{{m[3]}}}",
+        latex,
+    )
     latex = re.sub(r"(?<=[\d)])\s*(?=\()", r"\\cdot ", latex)  # it takes 3(5) for a mixed number
     latex = re.sub(r"(\d+)/(\d+)(?=\s*[\\a-z(])", r"\\frac{\1}{\2} ", latex)  # 1/2x for 1/(2x)
     latex = re.sub(r"\\text\{([A-Za-z])\}", r"\1", latex)
@@ -748,9 +813,11 @@ def _same_value(last: Node, side: Node) -> bool:
 def _same_equation(gold: str, answer: str) -> bool:
     """Tell whether one equation of two sides is a multiple of the other."""
     trees = []
+    if _MARKS.findall(gold) != _MARKS.findall(answer):
+        return False
     for text in (gold, answer):
         sides = list(map(_sympy, _split(text, _EQUALS)[0]))
-        if len(sides) != 2 or None in sides:
+        if len(sides) != 2 or not all(hasattr(side, "as_numer_denom") for side in sides):
             return False
         trees.append(sides[0] - sides[1])
     return trees[0].free_symbols == trees[1].free_symbols and _equal(*trees, factor=True)
@@ -759,7 +826,8 @@ def _same_equation(gold: str, answer: str) -> bool:
 # ---- verdicts -----------------------------------------------------------------------------------
 
 _QUANTIFIER = re.compile(  # k \in \mathbb{Z}, where k is an integer, for any integer k
-    r"[\s,;:|(]*(?:(?:where|for|with|and|such that|any|all|some|every|integers?)\s+)*([a-zA-Z])\s*"
+    r"(?:[\s,;:|(]|(?:where|for|with|and|such that|any|all|some|every|integers?)\s)+"
+    r"(?<![A-Za-z])([a-zA-Z])\s*"
     r"(?:\\in\s*\\mathbb\{Z\}|(?:(?:is|are|being|an?|any)\s+)*integers?|(?<=integer [a-z])|"
     r"(?<=integers [a-z]))\s*\)?(?:\\\})?$"
 )
@@ -772,25 +840,26 @@ _CHOICE = re.compile(  # (B) 12, but neither (B)+1 nor (B) or (C)
 )
 
 
-def _over_integers(texts: list[str]) -> list[str]:
-    """Write congruences and families over the integers with one letter, \\kappa."""
-    letters = []
-    for i, text in enumerate(texts):
+def _over_integers(gold: str, answer: str) -> tuple[str, str]:
+    """Write congruences and families over the integers with one letter, \\kappa; of an answer to
+    an ordinary gold only the quantifier is left out."""
+    texts, letters = [], []
+    for text in (gold, answer):
         found, congruent = _QUANTIFIER.search(text), _CONGRUENT.fullmatch(text)
-        letters.append(found[1] if found and not congruent else "")
+        letters.append(r"\kappa" if congruent else found[1] if found else "")
         if congruent:
-            texts[i] = rf"{congruent[2]}\kappa+{congruent[1]}"
+            text = rf"{congruent[2]}\kappa+{congruent[1]}"
         elif found:
-            texts[i] = text[: found.start()].removeprefix(r"\{").strip(" ,")
-    if not any(letters):
-        return texts
+            text = text[: found.start()].removeprefix(r"\{").strip(" ,")
+        texts.append(text)
+    if not letters[0]:
+        return texts[0], texts[1] if letters[1] != r"\kappa" else answer
     free = [set(re.findall(r"[a-zA-Z]", re.sub(r"\\?[A-Za-z]{2,}", " ", text))) for text in texts]
+    letters[1] = letters[1] or (letters[0] if letters[0] in free[1] else "".join(free[1] - free[0]))
     for i, letter in enumerate(letters):
-        own = free[i] - (free[1 - i] - {letters[1 - i]})
-        letter = letter or (letters[1 - i] if letters[1 - i] in own else "".join(own))
         if len(letter) == 1:
             texts[i] = re.sub(rf"(?<![A-Za-z\\]){letter}(?![A-Za-z])", r"\\kappa ", texts[i])
-    return texts
+    return texts[0], texts[1]
 
 
 def _leaves(tree: Node) -> list[str]:
@@ -837,9 +906,18 @@ def equal(extracted: str, reference: str) -> bool:
         choice = _CHOICE.fullmatch(text)  # (B) 12
         texts.append(choice[2] if choice else text)
         letters.append(choice[1] if choice else "")
-    gold, answer = _over_integers(list(texts))
+    gold, answer = _over_integers(*texts)
     tree = parse_reference(gold)
-    alone = [letter or text.strip("() ") for letter, text in zip(letters, texts, strict=True)]
-    if extracted == reference or (any(letters) and alone[0] == alone[1]):
+    if extracted == reference:
         return True
-    return not all(letters) and match(tree, parse_answer(answer))
+    alone = [letter or text.strip("() ") for letter, text in zip(letters, texts, strict=True)]
+    if any(letters) and alone[0] != alone[1] and len(alone[0]) == len(alone[1]) == 1:
+        return False
+    if letters[1] and len(alone[0]) == 1 and not letters[0]:  # B, and (B) 12
+        return not re.fullmatch(r"\(?[A-H]\)?", answer) and (
+            _is_literal(answer)
+            or (parse_answer(answer).kind == "leaf" and _sympy(answer) is not None)
+        )
+    if letters[0] and alone[0] == alone[1] and not letters[1]:  # (B) 12, and B
+        return True
+    return match(tree, parse_answer(answer))

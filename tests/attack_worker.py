@@ -75,7 +75,7 @@ def attack(row: dict, box: sandbox.Sandbox, folder: Path) -> str:
     limit = row.get("time_limit", 5)
     started = time.monotonic()
     grade = verify.grade_code(row["code"], question, limit, box, lambda: None)
-    late = time.monotonic() - started > limit + 5  # the machine may be busy
+    late = time.monotonic() - started > limit + 12  # the machine may be busy
     fell = ["a reward"] * grade.correct + ["the user's files"] * (state(folder) != before)
     for _ in range(20):  # the server reaps what it killed
         if left := len(family()) > 3:
