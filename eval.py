@@ -394,6 +394,9 @@ def keep_records(path: Path, end: int = sys.maxsize) -> list[dict]:
 def folder_path(flag: str, folder: str) -> Path:
     if Path(folder).exists() and not Path(folder).is_dir():
         raise UsageError(f"{flag} {folder}: not a folder")
+    there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise UsageError(f"{flag} {folder}: {there} cannot be written to")
     return Path(folder)
 
 

@@ -146,12 +146,11 @@ def read_rows(source: str, split: str = "train") -> Iterator[tuple[str, dict]]:
     if path.suffix == ".jsonl" and path.is_file():
         yield from verify.read_jsonl(path)
         return
-    if path.suffix == ".parquet" and path.is_file():
-        import pyarrow.parquet
-
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    elif path.suffix == ".csv" and path.is_file():
-        rows = csv.DictReader(io.StringIO(path.read_bytes().decode(), newline=""))
+    if path.suffix in (".parquet", ".csv") and path.is_file():
+        try:
+            rows = _table(path)
+        except (OSError, ValueError) as why:  # damaged, or not in UTF-8
+            raise UsageError(f"{source}: cannot be read: {str(why)[:200]}") from None
     elif path.exists() or path.suffix or source.count("/") != 1:
         raise UsageError(
             f"data {source!r}: expected an existing .jsonl or .parquet file, or a hub data set "
@@ -161,6 +160,14 @@ def read_rows(source: str, split: str = "train") -> Iterator[tuple[str, dict]]:
         rows = _hub_rows(source, split)
     for number, row in enumerate(rows):
         yield f"{source} row {number}", row
+
+
+def _table(path: Path) -> Iterable[dict]:
+    if path.suffix == ".csv":
+        return csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""))
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(path).to_pylist()
 
 
 def _hub_rows(name: str, split: str) -> Iterable[dict]:

@@ -18,9 +18,13 @@ PYTHON=${PYTHON:-python3}
 
 say() { printf '\033[1m== %s\033[0m\n' "$*"; }
 
-gpus() { nvidia-smi --list-gpus 2>/dev/null | wc -l; }
+gpus() { { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l; }
 
 install() {
+  [ "$(uname)" = Linux ] || { echo "error: vLLM and the sandbox need Linux: use WSL2 or a" \
+    "container (the loss alone needs torch only: python -c 'import a3po')" >&2; exit 2; }
+  command -v "$PYTHON" >/dev/null ||
+    { echo "error: PYTHON=$PYTHON: no such program; give Python 3.11 or newer" >&2; exit 2; }
   "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     { echo "error: $PYTHON is older than 3.11: set PYTHON to a newer one" >&2; exit 2; }
   local kind=cpu stamp

@@ -71,7 +71,7 @@ def read_jsonl(path: str, skip_broken: bool = False) -> Iterator[tuple[str, dict
         return
     errors = "replace" if skip_broken else "strict"  # a cut may fall inside a character
     try:
-        with open(path, encoding="utf-8", errors=errors, newline="\n") as file:
+        with open(path, encoding="utf-8-sig", errors=errors, newline="\n") as file:
             for number, line in enumerate(file, 1):
                 where = f"{path}:{number}"
                 row = _parse_row(line, where, skip_broken) if line.strip() else None

@@ -1,8 +1,10 @@
 """What the recipes and the READMEs tell a reader to type, without running any of it."""
 
 import itertools
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -155,3 +157,14 @@ def test_readme_is_one_sitting():
 def test_every_test_file_is_described():
     text = (ROOT / "tests" / "README.md").read_text()
     assert not [p.name for p in (ROOT / "tests").glob("*.py") if f"`{p.name}`" not in text]
+
+
+def test_run_sh_says_what_is_missing(tmp_path):
+    cases = [("install", dict(PYTHON="/no/such/python"), "PYTHON=/no/such/python: no such program")]
+    if not shutil.which("nvidia-smi"):
+        cases.append(("train", {}, "no NVIDIA GPU found"))
+    for command, changes, says in cases:
+        env = os.environ | {"VENV": str(tmp_path / "venv")} | changes
+        done = subprocess.run(["bash", "run.sh", command], cwd=ROOT, env=env, text=True,
+                              capture_output=True)  # fmt: skip
+        assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1

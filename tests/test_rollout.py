@@ -282,6 +282,20 @@ def test_earlier_turns_and_typed_line_ends_reach_the_model(tmp_path):
     assert plain == "Be brief.\n\nQ: 1+1?\nA:"
 
 
+def test_damaged_files_are_one_sentence_and_a_byte_order_mark_is_fine(tmp_path):
+    rows = '{"problem": "1+1", "answer": "2"}\n'
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + rows.encode())
+    (tmp_path / "bom.csv").write_bytes(b"\xef\xbb\xbfproblem,answer\n1+1,2\n")
+    for name in ("bom.jsonl", "bom.csv"):
+        assert rollout.load_problems(str(tmp_path / name))[0].reference == "2"
+    (tmp_path / "latin.csv").write_bytes("problem,answer\né,1\n".encode("latin-1"))
+    (tmp_path / "latin.jsonl").write_bytes('{"problem": "é"}\n'.encode("latin-1"))
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
+    for name in ("latin.csv", "latin.jsonl", "cut.parquet"):
+        with pytest.raises(UsageError, match=f"{name}.*cannot be read"):
+            rollout.load_problems(str(tmp_path / name))
+
+
 def test_request_seeds_are_far_apart():
     seeds = sorted(rollout.request_seed("train", s, d) for s in range(3) for d in range(2000))
     assert min(b - a for a, b in zip(seeds, seeds[1:], strict=False)) > 1024
