@@ -552,6 +552,8 @@ class RunFolder:
         self.append("metrics.jsonl", metrics)
         self.step = metrics["step"]
         if time.time() - self.printed >= 2:
+            if self.lines == 0:
+                say("(a line at most every two seconds; metrics.jsonl has every step)")
             if self.lines % 20 == 0:
                 say(f"{'step':>6}" + "".join(f"{describe(name)[0]:>10}" for name in CONSOLE))
             cells = [f"{'-':>10}" if metrics.get(name) is None else f"{metrics[name]:>10{form}}"

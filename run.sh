@@ -16,7 +16,9 @@ cd "$(dirname "$0")"
 VENV=${VENV:-.venv}
 PYTHON=${PYTHON:-python3}
 
-say() { printf '\033[1m== %s\033[0m\n' "$*"; }
+say() {  # bold on a terminal
+  if [ -t 1 ] && [ -z "${NO_COLOR:-}" ]; then printf '\033[1m== %s\033[0m\n' "$*"; else echo "== $*"; fi
+}
 
 gpus() { { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l; }
 
