@@ -40,7 +40,6 @@ import json
 import os
 import resource
 import select
-import shutil
 import signal
 import socket
 import struct
@@ -474,12 +473,12 @@ def _mount_tmpfs() -> bool:
     return libc.mount(b"tmpfs", SHM.encode(), b"tmpfs", 6, options) == 0
 
 
-def _remove_tree(folder: str) -> None:
-    with suppress(OSError, RecursionError):  # closed to us, or nested too deeply for Python
-        shutil.rmtree(folder)
-    if os.path.exists(folder):
-        for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
-            subprocess.run([*command, folder])
+def _remove_tree(folder: str, seconds: float = 5) -> None:
+    """Remove a folder, even a closed one. One that takes longer, for making entries is faster than
+    removing them, is left to the keeper at its end, whose `rm` may outlive it."""
+    remove = 'rm -rf "$0" || { chmod -R u+rwx "$0"; rm -rf "$0"; }'
+    with suppress(subprocess.TimeoutExpired):
+        subprocess.run(["sh", "-c", remove, folder], timeout=seconds)
 
 
 def _kill_children(first: int, namespaced: bool) -> int:

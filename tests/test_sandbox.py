@@ -1,5 +1,6 @@
 """The sandbox by itself: a file to copy, a command line, and nothing left behind it."""
 
+import ctypes
 import os
 import re
 import signal
@@ -86,8 +87,38 @@ def test_replies(box, code, stdin, function, reply):
     assert box.run(ADD, "1 2") == ("ok", "3\n")
 
 
-def test_protections_are_named(box):
-    assert "resource limits" in box.protections and "MISSING: " in box.protections
+def test_protections_are_all_that_the_machine_allows(box):
+    root = os.geteuid() == 0
+    flags = 0x68020000 if root else 0x78020000  # pid, net, ipc, mount; user
+    code = f"import ctypes; exit(ctypes.CDLL(None).unshare({flags}) != 0)"
+    allowed = {
+        "resource limits": True,
+        "a user id of its own": root,
+        "own pid": subprocess.run([sys.executable, "-c", code]).returncode == 0,
+        "landlock": ctypes.CDLL(None).syscall(444, None, 0, 1) > 0,
+        "seccomp": os.uname().machine in ("x86_64", "aarch64"),
+    }
+    active, _, missing = box.protections.partition("; MISSING: ")
+    assert {name: name in active for name in allowed} == allowed
+    assert {name: name not in missing for name in allowed} == allowed
+
+
+@pytest.mark.parametrize(
+    "active, contained",
+    [
+        ("a user id of its own; landlock; seccomp", True),
+        ("a user id of its own", True),
+        ("landlock; seccomp", True),
+        ("landlock", False),  # which leaves a file's mode, owner and times open
+        ("own pid, network, ipc and mount namespaces; seccomp", False),
+        ("resource limits", False),
+        ("does not work here: the sandbox could not be locked", False),
+    ],
+)
+def test_contained(monkeypatch, active, contained):
+    missing = "MISSING: a user id of its own, landlock, seccomp"
+    monkeypatch.setattr(Sandbox, "protections", f"{active}; {missing}")
+    assert Sandbox().contained == contained
 
 
 def test_a_closed_sandbox_starts_again():
@@ -243,6 +274,43 @@ def test_close_ends_a_stopped_server():
     box.close()
     assert time.monotonic() - started < 2
     assert not Path(f"/proc/{keeper}").exists() and not Path(f"/proc/{server}").exists()
+
+
+def test_removing_takes_no_longer_than_it_may(tmp_path, monkeypatch):
+    slow = tmp_path / "rm"
+    slow.write_text("#!/bin/sh\nexec sleep 9\n")
+    slow.chmod(0o755)
+    (tmp_path / "folder" / "closed").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    sandbox._remove_tree(str(tmp_path / "link"))
+    assert (tmp_path / "folder" / "closed").exists() and not (tmp_path / "link").exists()
+    before, path = children(), os.environ["PATH"]
+    monkeypatch.setenv("PATH", f"{tmp_path}:{path}")
+    started = time.monotonic()
+    sandbox._remove_tree(str(tmp_path / "folder"), 0.2)
+    assert time.monotonic() - started < 5 and (tmp_path / "folder").exists()
+    assert children() == before
+    monkeypatch.setenv("PATH", path)
+    (tmp_path / "folder" / "closed").chmod(0)
+    sandbox._remove_tree(str(tmp_path / "folder"))
+    assert not (tmp_path / "folder").exists()
+
+
+FOLDERS = "import os\ni = 0\nwhile True:\n    os.mkdir(str(i))\n    i += 1"
+
+
+@pytest.mark.slow
+def test_folders_without_end_are_a_timeout(alone):
+    code = (
+        f"import sys\nsys.path.insert(0, {str(alone)!r})\nimport sandbox\n"
+        "sandbox.apply_seccomp(sandbox.seccomp_filter([(272, 97)]))  # unshare\n"
+        f"with sandbox.Sandbox() as box:\n    print(box.run({FOLDERS!r}, time_limit=6))\n"
+        "    print(box.run('print(7)'))\n"
+    )
+    env = os.environ | {"TMPDIR": str(alone)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout == "('timeout', 'over 6 s')\n('ok', '7\\n')\n", done.stderr
+    assert wait_until(lambda: not list(alone.glob("a3po-*")), 300)  # disks differ
 
 
 # ---- system calls -------------------------------------------------------------------------------
