@@ -412,6 +412,7 @@ class _Server:
             self.tmpfs = _mount_tmpfs()
         elif os.path.exists(folder):
             _remove_tree(folder)
+            _kill_children(0, self.namespaces)  # an rm that takes too long
 
     def _child(self, limit: float, folder: str, stdin: int, program: int, output: int) -> None:
         """In the fork: lock down, run the program, exit. Never returns."""

@@ -305,11 +305,14 @@ def test_folders_without_end_are_a_timeout(alone):
         f"import sys\nsys.path.insert(0, {str(alone)!r})\nimport sandbox\n"
         "sandbox.apply_seccomp(sandbox.seccomp_filter([(272, 97)]))  # unshare\n"
         f"with sandbox.Sandbox() as box:\n    print(box.run({FOLDERS!r}, time_limit=6))\n"
-        "    print(box.run('print(7)'))\n"
+        "    sys.stdout.flush()\n    sys.stdin.readline()\n    print(box.run('print(7)'))\n"
     )
     env = os.environ | {"TMPDIR": str(alone)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.stdout == "('timeout', 'over 6 s')\n('ok', '7\\n')\n", done.stderr
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": env}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as caller:
+        assert caller.stdout.readline() == "('timeout', 'over 6 s')\n"
+        assert not processes(f"rm -rf {alone}")
+        assert caller.communicate("\n")[0] == "('ok', '7\\n')\n"
     assert wait_until(lambda: not list(alone.glob("a3po-*")), 300)  # disks differ
 
 
