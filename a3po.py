@@ -656,8 +656,14 @@ def sample_groups(engine, tokenizer, judge, sampler, config: Config, seconds: di
             max_tokens=c.max_response_length, temperature=c.temperature, seconds=seconds,
             progress=f"rollouts (refill {attempt})" if attempt else "rollouts",
         )
-        found = dict(rollout.gather(list(mine)))
+        mine = dict(mine)
+        for sample in sum(mine.values(), []):
+            sample.prompt = None  # other ranks have it, and the tests of a program can be megabytes
+        found = dict(rollout.gather(list(mine.items())))
         new = [found[i] for i in range(missing)]
+        for (_, prompt), group in zip(draws, new, strict=True):
+            for sample in group:
+                sample.prompt = prompt
         groups += [group for group in new if is_live(group) or not c.dynamic_sampling]
         drawn += new
     if not any(map(is_live, drawn)):
@@ -715,11 +721,14 @@ def rollout_metrics(groups: list[list[Sample]], config: Config) -> dict[str, flo
     failed = [s.grade.reward is not None and math.isnan(s.grade.reward) for s in samples]
     statuses = [s.grade.status for s in samples]
     kinds = np.array([s.prompt.problem.kind for s in samples])
-    by_kind = {f"accuracy_{kind}": correct[kinds == kind].mean() for kind in sorted({*kinds})}
+    rewards, by_kind = rewards_of(groups, config).double(), {}
+    for kind in sorted({*kinds}) if len({*kinds}) > 1 else ():
+        by_kind[f"reward_{kind}"] = rewards[kinds == kind].mean().item()
+        by_kind[f"accuracy_{kind}"] = correct[kinds == kind].mean() if judged else None
     return dict(
-        reward=rewards_of(groups, config).double().mean().item(),
+        reward=rewards.mean().item(),
         accuracy=correct.mean() if judged else None,
-        **(by_kind if len(by_kind) > 1 else {}),
+        **by_kind,
         **(dict(reward_errors=sum(failed)) if config.reward else {}),
         response_length=lengths.mean(),
         response_length_positive=lengths[correct].mean() if correct.any() else None,
@@ -801,10 +810,11 @@ def load_inputs(config: Config):
         raise UsageError(f"model {c.model!r} rescales its logits, which Policy does not do")
     problems = rollout.load_problems(c.data, kind=c.kind, needs_answer=not c.reward)
     prompts = rollout.encode_prompts(problems, tokenizer, c.template, c.max_prompt_length)
-    held_out = []
+    held_out, problems = [], []
     for source in filter(None, c.eval_data.split(",")):
-        problems = rollout.load_problems(source, "test", kind=c.eval_kind)
-        held_out += rollout.encode_prompts(problems, tokenizer, c.template, c.max_prompt_length)
+        problems += rollout.load_problems(source, "test", kind=c.eval_kind)
+    if problems := evaluation.name_apart(problems):
+        held_out = rollout.encode_prompts(problems, tokenizer, c.template, c.max_prompt_length)
     held_out = held_out[: c.eval_limit or None]
     if c.reward and held_out:
         say("held-out problems are judged by the built-in graders, not by --reward")

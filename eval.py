@@ -125,10 +125,14 @@ def load_benchmark(name: str, bench: Benchmark, args: argparse.Namespace) -> lis
         raise UsageError(f"benchmark {name}: {error}") from None
     if rows > len(problems):
         say(f"{name}: {rows - len(problems)} of {rows} rows repeat a problem and were dropped")
-    kept = list(problems.values())[: args.limit or None]
-    if len({problem.id for problem in kept}) < len(kept):  # samples are filed under the id
-        kept = [dataclasses.replace(p, id=f"{p.id}#{i}") for i, p in enumerate(kept)]
-    return kept
+    return name_apart(list(problems.values())[: args.limit or None])
+
+
+def name_apart(problems: list[Problem]) -> list[Problem]:
+    """Return the problems with distinct ids, under which `evaluate` files their samples."""
+    if len({problem.id for problem in problems}) == len(problems):
+        return problems
+    return [dataclasses.replace(p, id=f"{p.id}#{i}") for i, p in enumerate(problems)]
 
 
 # ---- numbers ------------------------------------------------------------------------------------
@@ -257,6 +261,9 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
     "accuracy_math": "math accuracy, share: correct ones of the responses to problems of this kind",
     "accuracy_choice": "choice accuracy, share: the same for multiple choice",
     "accuracy_code": "code accuracy, share: the same for programs",
+    "reward_math": "math reward, points: mean of the responses to problems of this kind",
+    "reward_choice": "choice reward, points: the same for multiple choice",
+    "reward_code": "code reward, points: the same for programs",
     "reward_errors": "reward errors, responses: --reward raised, was late or gave no number: they "
                      "got the lowest reward of their group; should be 0",
     "response_length": "length, tokens: mean; if it nears --max_response_length, see truncated",
@@ -591,11 +598,11 @@ class RunFolder:
 
 def show_example(sample: Sample, tokenizer) -> None:
     """Print one response with its mask, to see the template and where the loss applies."""
-    ids, grade = sample.ids.tolist(), sample.grade
+    ids, grade, reference = sample.ids.tolist(), sample.grade, sample.prompt.problem.reference
     say(f"--- one example: {len(sample.prompt.ids)} prompt tokens (mask 0), {len(ids)} response "
         f"tokens (mask 1), finish reason {sample.finish_reason}\n"
         f"[0] {tokenizer.decode(sample.prompt.ids)!r}\n[1] {tokenizer.decode(ids)!r}\n"
-        f"    extracted {grade.extracted!r}, reference {sample.prompt.problem.reference!r}: "
+        f"    extracted {grade.extracted!r}, reference {str(reference)[:200]!r}: "
         f"{'correct' if grade.correct else 'incorrect'} ({grade.status})\n---")
 
 
@@ -783,7 +790,7 @@ FLAGS = (  # names, default, help
     ("--lcb_from", "", "LiveCodeBench: first contest date, 2024-08-01 for example"),
     ("--lcb_to", "", "LiveCodeBench: last contest date"),
     ("--tensor_parallel", 1, "ranks that share one copy of the model"),
-    ("--unsafe_code", 0, "1: run programs also where they could change your files"),
+    ("--unsafe_code", False, "run programs also where they could change your files"),
 )
 
 
@@ -792,7 +799,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="hub name or save_pretrained folder")
     for names, default, text in FLAGS:
-        parser.add_argument(*names.split(), type=type(default), default=default,
+        flag = dict(action=argparse.BooleanOptionalAction) if default is False else dict(
+            type=type(default))
+        parser.add_argument(*names.split(), default=default, **flag,
                             help=f"{text} (default: %(default)s)")
     return parser.parse_args(argv)
 
@@ -837,7 +846,7 @@ def run(args: argparse.Namespace) -> None:
     about = dict(device=rollout.init_distributed(), ranks=rollout.world_size(), **environment())
     kinds = {prompt.problem.kind for group in prompts.values() for prompt in group}
     if "code" in kinds:
-        about["sandbox"] = verify.protections(bool(args.unsafe_code))
+        about["sandbox"] = verify.protections(args.unsafe_code)
         say(about["sandbox"])
     texts = {k: rollout.format_prompt("{problem}", tokenizer, args.template, k) for k in kinds}
     out.write(settings=vars(args), environment=about, prompts=texts)

@@ -193,6 +193,7 @@ def to_problem(where: str, row: dict, kind: str = "", needs_answer: bool = True)
     text = next((row[column] for column in TEXT_COLUMNS if row.get(column)), None)
     turns: list[dict] = []
     if isinstance(text, list):  # chat messages; the last user turn is the problem
+        text = [turn for turn in text if isinstance(turn, dict)]
         asked = [i for i, turn in enumerate(text) if turn.get("role") == "user"]
         turns, text = (text[: asked[-1]], text[asked[-1]]["content"]) if asked else ([], None)
     try:
@@ -235,7 +236,7 @@ def choice_problem(text: str, row: dict, needs_answer: bool) -> tuple[str, str, 
     only if it is no choice's text; one choice's letter that is another's text is an error."""
     choices, answer = row.get("choices") or [], row.get("answer")
     require(isinstance(choices, list), row, "choices", "a list of texts")
-    choices = [str(choice).strip() for choice in choices]
+    choices = ["" if choice is None else str(choice).strip() for choice in choices]
     n = len(choices) or row.get("n_choices") or 4
     require(n in range(2, 27) and "" not in choices, row, "choices" if choices else "n_choices",
             "2 to 26 options")
@@ -257,6 +258,8 @@ def code_problem(text: str, row: dict, needs_answer: bool) -> tuple[str, dict, d
     only when they are run, as the status bad_reference."""
     function, starter = row.get("function") or row.get("func_name"), row.get("starter_code")
     limit = row.get("time_limit")
+    require(function is None or str(function).isidentifier(), row, "function", "a function's name")
+    require(isinstance(starter, str | None), row, "starter_code", "a text")
     require(limit is None or (isinstance(limit, int | float) and 0 < limit <= 3600), row,
             "time_limit", "seconds, at most 3600")
     reference = {name: row[name] for name in TEST_FIELDS if row.get(name)}

@@ -29,6 +29,10 @@ echo "== everything is in $WORK"
 #    and "answer"; "id" if you want to find rows again. Parquet files and hub data sets with these
 #    columns do too. Rows with the same text are dropped, with a message. Keep the held-out rows
 #    apart yourself: nothing here can know that two texts are the same problem.
+#    A row is math unless it says otherwise, and kinds may be mixed in one file: "kind": "choice"
+#    with "choices" (the answer a letter, an index from 0 or a text of them), or "kind": "code" with
+#    "tests", a list of {"input", "output"} on which programs run in the sandbox. --kind and
+#    --eval_kind say it for a whole file.
 #    Here: three operands, which the demo model has never been trained on.
 "$PYTHON" - "$WORK" <<'EOF'
 import itertools, json, random, sys

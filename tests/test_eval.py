@@ -2,6 +2,7 @@
 folders, comparisons, pictures."""
 
 import base64
+import dataclasses
 import itertools
 import json
 import math
@@ -497,7 +498,8 @@ def names_of(folder):
 
 def test_the_words_are_those_of_the_metrics_there_are(whole):
     names = TRAINED | names_of(whole[0])
-    names |= {f"{x}accuracy_{kind}" for x in ("", "eval_") for kind in verify.KINDS}
+    for name in ("accuracy", "reward", "eval_accuracy"):
+        names |= {f"{name}_{kind}" for kind in verify.KINDS}
     names |= {"reward_errors"}  # of --reward
     words = {name: evaluation.describe(name) for name in names}
     assert all(all(entry) for entry in words.values())  # label, unit, meaning
@@ -748,6 +750,10 @@ def test_the_example_shows_where_the_loss_applies(capsys):
     out = capsys.readouterr().out
     assert "2 prompt tokens (mask 0), 3 response tokens (mask 1), finish reason stop" in out
     assert "[0] 'hi'\n[1] 'abc'\n    extracted '1', reference '1': correct (ok)\n" in out
+    tests = dict(public_test_cases=[], private_test_cases="x" * 10**6)  # too much for a console
+    prompt = Prompt(Problem("1", "", tests, "code"), [])
+    evaluation.show_example(dataclasses.replace(made_groups()[0][0], prompt=prompt), Letters())
+    assert len(capsys.readouterr().out) < 1000
 
 
 # ---- compare and plot ---------------------------------------------------------------------------

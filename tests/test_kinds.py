@@ -2,10 +2,15 @@
 
 import dataclasses
 import json
+import pickle
+from concurrent.futures import Future
 
+import numpy as np
 import pytest
-from conftest import run
+import torch
+from conftest import make_model, run
 from test_train import metrics
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import a3po
 import eval as evaluation
@@ -89,6 +94,10 @@ def test_a_function_and_a_time_limit(tmp_path):
         (CODE | dict(tests=[]), {}, "field 'tests': expected tests"),
         (CODE | dict(tests=[{"input": "1"}]), {}, "field 'tests': expected tests"),
         (CODE | dict(tests=[{"input": "1", "output": 2}]), {}, "field 'tests': expected tests"),
+        (CODE | dict(function="a b"), {}, "field 'function': expected a function's name"),
+        (CODE | dict(starter_code=5), {}, "field 'starter_code': expected a text"),
+        (CHOICE | dict(choices=["one", None]), {}, "field 'choices': expected 2 to 26"),
+        (dict(prompt=["Add."], answer="1"), {}, "field 'problem': expected a text"),
         (CODE | dict(time_limit=0), {}, "field 'time_limit': expected seconds"),
         (LIVE | dict(private_test_cases="????"), dict(kind="code"), "'public_test_cases'"),
         (MATH | dict(problem=" "), {}, "field 'problem': expected a text"),
@@ -141,13 +150,46 @@ def test_what_a_template_opens_is_graded_with_the_response(tmp_path, template, o
     assert verify.grade("math", cut, "1").correct == (not opening)
 
 
-def test_programs_need_a_sandbox_that_holds(monkeypatch):
+def test_programs_need_a_sandbox_that_holds(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(verify.Sandbox, "contained", False)
     with pytest.raises(UsageError, match="--unsafe_code"):
         verify.protections(unsafe_code=False)
     assert verify.protections(unsafe_code=True).startswith("sandbox: ")
-    config = dataclasses.replace(a3po.Config(), **a3po.SETTINGS["demo"])
+    config = a3po.parse_args(["--setting=demo", "--max_prompt_length=900"])
     a3po.load_inputs(config)  # no program, no question
+    load(tmp_path, CODE)
+    data = str(tmp_path / "rows.jsonl")
+    for where in ("data", "eval_data"):
+        with pytest.raises(UsageError, match="^programs could change your files"):
+            a3po.load_inputs(dataclasses.replace(config, **{where: data}))
+        a3po.load_inputs(dataclasses.replace(config, **{where: data}, unsafe_code=True))
+    # a reward function judges, which runs what it likes
+    a3po.load_inputs(dataclasses.replace(config, data=data, reward="builtins:len"))
+    monkeypatch.setattr(rollout, "init_distributed", lambda: "cpu")
+    monkeypatch.setattr(rollout, "Engine", lambda *_, **__: pytest.fail("an engine was started"))
+    with pytest.raises(SystemExit):
+        evaluation.main(["--model=demo/model", f"--data={data}"])
+    assert capsys.readouterr().err.startswith("error: programs could change your files")
+
+
+def test_each_file_has_a_flag_for_its_kind(tmp_path):
+    load(tmp_path, dict(problem="Which? A) a B) b", answer="B"))
+    data = str(tmp_path / "rows.jsonl")
+    config = a3po.parse_args(["--setting=demo", f"--data={data}", "--max_prompt_length=900"])
+    both = dataclasses.replace(config, eval_data=data, kind="choice")
+    _, sampler, held_out, _ = a3po.load_inputs(both)
+    assert (sampler.prompts[0].problem.kind, held_out[0].problem.kind) == ("choice", "math")
+    both = dataclasses.replace(config, eval_data=data, eval_kind="choice")
+    _, sampler, held_out, _ = a3po.load_inputs(both)
+    assert (sampler.prompts[0].problem.kind, held_out[0].problem.kind) == ("math", "choice")
+
+
+def test_large_tests_are_read_only_when_they_are_run(tmp_path, monkeypatch):
+    broken = LIVE | dict(kind="code", private_test_cases="?" * 99)
+    monkeypatch.setattr(rollout, "CHECKED_TESTS", 100)
+    [problem] = load(tmp_path, broken)
+    grade = verify.grade("code", "```python\nprint(3)\n```", problem.reference)
+    assert grade.status == "bad_reference" and not grade.correct
 
 
 def sample(kind: str, correct: bool) -> Sample:
@@ -157,39 +199,150 @@ def sample(kind: str, correct: bool) -> Sample:
     return made
 
 
-def test_accuracy_by_kind_where_there_are_several():
+def test_accuracy_and_reward_by_kind_where_there_are_several():
     groups = [[sample("math", True), sample("math", False)], [sample("code", False)] * 2]
+    groups[1][0].reward = 0.25  # both, they are one
     mixed = a3po.rollout_metrics(groups, a3po.Config(group_size=2))
     assert (mixed["accuracy_math"], mixed["accuracy_code"], mixed["accuracy"]) == (0.5, 0, 0.25)
+    assert (mixed["reward_math"], mixed["reward_code"], mixed["reward"]) == (0.5, 0.25, 0.375)
     alone = a3po.rollout_metrics(groups[:1], a3po.Config(group_size=2))
-    assert not [name for name in alone if name.startswith("accuracy_")]
+    assert not [name for name in alone if name.startswith(("accuracy_", "reward_"))]
+    for one in sum(groups, []):
+        one.grade = Grade(None, None, reward=one.reward)  # of a reward function without a verdict
+    assert a3po.rollout_metrics(groups, a3po.Config(group_size=2))["accuracy_math"] is None
+
+
+class Echo:
+    """Engine and tokenizer: every response is "\\boxed{0}"."""
+
+    tensor_parallel, max_model_len = 1, 50
+
+    def generate(self, prompts, n, seeds, **_):
+        for i in range(len(prompts) * n):
+            yield i, Sample(prompts[i // n], np.array([i]), np.zeros(1, np.float32), "stop")
+
+    def decode(self, ids, **_):
+        return "\\boxed{0}"
+
+
+def test_tests_stay_on_their_rank(tmp_path, monkeypatch):
+    """Every rank has the prompts: what is gathered is without them, and gets them back."""
+    tests = dict(public_test_cases=TESTS, private_test_cases="x" * 10**6)
+    prompts = [Prompt(Problem(str(i), f"p{i}", tests, "code"), [i]) for i in range(4)]
+    sizes, config = [], a3po.Config(group_size=2, prompts_per_step=4, dynamic_sampling=False)
+    monkeypatch.setattr(rollout, "gather", lambda x: sizes.append(len(pickle.dumps(x))) or x)
+    sampler = rollout.PromptSampler(prompts, 0)
+    with verify.Graders(workers=1) as graders:
+        judge = rollout.judge_by_rules(graders)
+        groups, _ = a3po.sample_groups(Echo(), Echo(), judge, sampler, config, {})
+    assert sizes[0] < 10_000
+    order = [prompt for _, prompt in rollout.PromptSampler(prompts, 0).next(4)]
+    assert all(s.prompt is p for p, group in zip(order, groups, strict=True) for s in group)
+
+
+def test_held_out_problems_of_one_name_are_told_apart(tmp_path):
+    """Files of your own may number their rows alike; samples are filed under the id."""
+    for name in "ab":
+        row = dict(id=1, problem=f"1+1, {name}?", answer="2")
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    config = a3po.parse_args([
+        "--setting=demo", f"--eval_data={tmp_path}/a.jsonl,{tmp_path}/b.jsonl"])
+    held_out = a3po.load_inputs(config)[2]
+    assert len({prompt.problem.id for prompt in held_out}) == 2
+    _, groups = evaluation.evaluate(Echo(), Echo(), Judge(), held_out, n=1, seed=0, max_tokens=9)
+    assert [group[0]["id"] for group in groups] == ["1#0", "1#1"]
+
+
+def test_held_out_accuracy_by_kind():
+    problems = [Problem("0", "p", "0"), Problem("1", "q", "A", "choice"), Problem("2", "r", "0")]
+    prompts = [Prompt(problem, [1]) for problem in problems]
+    with verify.Graders(workers=1) as graders:
+        judge = rollout.judge_by_rules(graders)
+        both, alone = (evaluation.evaluate(Echo(), Echo(), judge, x, n=2, seed=0, max_tokens=9)[0]
+                       for x in (prompts, prompts[:1]))
+    assert (both["accuracy_math"], both["accuracy_choice"]) == (1, 0)
+    assert both["accuracy"] == pytest.approx(2 / 3)
+    assert not [name for name in alone if name.startswith("accuracy_") and "stderr" not in name]
+
+
+class Judge:
+    def __call__(self, problem, text):
+        future = Future()
+        future.set_result(Grade(False, text))
+        return future
+
+
+def test_unsafe_code_is_a_flag_of_both_programs():
+    assert evaluation.parse_args(["--model=m", "--unsafe_code"]).unsafe_code is True
+    assert evaluation.parse_args(["--model=m"]).unsafe_code is False
+    assert a3po.parse_args(["--unsafe_code"]).unsafe_code is True
+
+
+LEARNED = {  # by id: a problem, and a right and a wrong response to it
+    "add": (CODE, "```python\nprint(sum(map(int, input().split())))\n```",
+            "```python\nprint(4)\n```"),
+    "double": (CODE | dict(problem="Double.", tests=[dict(input="3", output="6")], function="f"),
+               "```python\ndef f(x):\n    return 2 * x\n```",
+               "```python\ndef f(x):\n    return x\n```"),
+    "which": (CHOICE, "\\boxed{B}", "\\boxed{A}"),
+    "sum": (MATH, "\\boxed{2}", "\\boxed{3}"),
+}  # fmt: skip
+
+
+def teach(folder, problems: list[Problem]) -> str:
+    """Return a tiny random model that has learned either response by heart, as likely as not."""
+    path = make_model(folder, sharpen=1.0)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    rows = []  # (prompt's tokens, the response's)
+    for prompt in rollout.encode_prompts(problems, tokenizer, "plain", 999):
+        for response in LEARNED[prompt.problem.id][1:]:
+            rows.append((prompt.ids, [*tokenizer(response).input_ids, tokenizer.eos_token_id]))
+    longest = max(len(prompt) + len(response) for prompt, response in rows)
+    ids = torch.full((len(rows), longest), tokenizer.pad_token_id)
+    labels = torch.full_like(ids, -100)  # no loss
+    for i, (prompt, response) in enumerate(rows):
+        end = len(prompt) + len(response)
+        ids[i, :end] = torch.tensor(prompt + response)
+        labels[i, len(prompt) : end] = torch.tensor(response)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(150):
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return path
 
 
 def test_training_on_a_mixed_file(tmp_path):
-    """The demo's model knows neither letters nor programs, but all that they need is run."""
-    rows = [dict(problem=f"Compute {i}+{i}.", answer=str(2 * i)) for i in range(1, 9)]
-    rows += [CHOICE | dict(problem=f"Which {i}?") for i in range(8)]
-    rows += [CODE | dict(problem=f"Add {i}.") for i in range(8)]
-    data = tmp_path / "mixed.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    folder = tmp_path / "run"
+    """A tiny model that writes right and wrong programs, letters and numbers: all are told apart,
+    the programs by running them in the sandbox, and it is trained on what they got."""
+    problems = load(tmp_path, *(row | dict(id=name) for name, (row, *_) in LEARNED.items()))
+    folder, data = tmp_path / "run", tmp_path / "rows.jsonl"
     done = run(
-        "a3po.py", "--setting=demo", f"--data={data}", f"--eval_data={data}", "--steps=2",
-        "--prompts_per_step=24", "--group_size=2", "--mini_batches=2", "--eval_n=2",
-        "--no-dynamic_sampling", "--max_prompt_length=700", "--log_rollouts=24",
+        "a3po.py", "--setting=demo", f"--model={teach(tmp_path / 'model', problems)}",
+        f"--data={data}", f"--eval_data={data}", "--steps=2", "--prompts_per_step=4",
+        "--group_size=8", "--mini_batches=2", "--eval_n=8", "--max_prompt_length=176",
+        "--max_response_length=80", "--log_rollouts=4", "--no-dynamic_sampling",
         f"--output_dir={folder}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "sandbox: " in done.stdout
     lines = metrics(folder)
     steps = [line for line in lines if "reward" in line]
-    names = {f"accuracy_{kind}" for kind in verify.KINDS}
-    assert len(steps) == 2 and all(names <= line.keys() for line in steps)
     held_out = [line for line in lines if "eval_accuracy" in line]
-    assert all({f"eval_{name}" for name in names} <= line.keys() for line in held_out)
-    parts = sum(held_out[0][f"eval_{name}"] for name in names)
-    assert held_out[0]["eval_accuracy"] == pytest.approx(parts / 3)
+    assert len(steps) == 2 and all(line["updates"] and line["grad_norm"] > 0 for line in steps)
+    for kind in verify.KINDS:
+        for line in steps:
+            assert 0.1 < line[f"accuracy_{kind}"] == line[f"reward_{kind}"] < 0.9, kind
+        assert all(0.1 < line[f"eval_accuracy_{kind}"] < 0.9 for line in held_out), kind
+    for line in held_out:  # half of the problems are programs
+        math, choice, code = (line[f"eval_accuracy_{kind}"] for kind in verify.KINDS)
+        assert line["eval_accuracy"] == pytest.approx((math + choice + 2 * code) / 4)
     assert all(evaluation.describe(name) for line in lines for name in line if name != "step")
     rollouts = [json.loads(line) for line in (folder / "rollouts.jsonl").open()]
     assert {row["kind"] for row in rollouts} == {*verify.KINDS}
     assert all((row["answer"] is None) == (row["kind"] == "code") for row in rollouts)
+    known = [row for row in rollouts if row["response"] in LEARNED[row["id"]][1:]]
+    assert len(known) > 4
+    assert all(row["correct"] == (row["response"] == LEARNED[row["id"]][1]) for row in known)
