@@ -49,7 +49,7 @@ import rollout
 import verify
 from model import Checkpoints, Policy, collate, distribute, full_weights, load_model
 from rollout import Prompt, Sample, rank, say, timed, world_size
-from verify import Grade, Graders, UsageError
+from verify import KINDS, Grade, Graders, UsageError
 
 CELLS = ("low_prob", "high_prob", "low_entropy", "high_entropy")
 LOSS_AGGS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm")
@@ -70,9 +70,9 @@ class Config:
     model: str = opt("Qwen/Qwen3-8B-Base", "hub name or save_pretrained folder [P]")
     data: str = opt("BytedTsinghua-SIA/DAPO-Math-17k", ".jsonl, .parquet or hub data set [P]")
     kind: str = opt("", "what all rows of --data are, else each row's own 'kind', or math",
-                    ("", "math", "choice", "code"))
+                    ("", *KINDS))
     eval_data: str = opt("math-ai/aime24,math-ai/aime25", "held-out data, comma separated [C]")
-    eval_kind: str = opt("", "the same for --eval_data", ("", "math", "choice", "code"))
+    eval_kind: str = opt("", "the same for --eval_data", ("", *KINDS))
     unsafe_code: bool = opt(False, "run programs also where they could change your files")
     output_dir: str = opt("", "run folder (default runs/SETTING-PRESET-seedN-TIME)")
     seed: int = opt(0, "seed of sampling and shuffling")
@@ -676,13 +676,18 @@ def no_signal(groups: list[list[Sample]], config: Config) -> str:
     function failed for all of it."""
     grades = [sample.grade for sample in sum(groups, [])]
     first = next((f", first: {grade.detail}" for grade in grades if grade.detail), "")
-    if all(grade.reward is not None and math.isnan(grade.reward) for grade in grades):
+    if all(map(reward_failed, grades)):
         raise UsageError(f"--reward {config.reward} failed for all {len(grades)} responses{first}")
     statuses = Counter(grade.status for grade in grades if grade.status != "ok")
     why = "".join(f", {n} {status}" for status, n in statuses.most_common())
     right = sum(bool(grade.correct) for grade in grades)
     return (f"nothing to learn from in this step: in no group do the rewards differ ({right} of "
             f"{len(grades)} responses are correct{why}{first})")
+
+
+def reward_failed(grade: Grade) -> bool:
+    """Return whether --reward raised, was late or gave no number: `rollout` marks that with nan."""
+    return grade.reward is not None and math.isnan(grade.reward)
 
 
 def is_live(group: list[Sample]) -> bool:
@@ -718,7 +723,7 @@ def rollout_metrics(groups: list[list[Sample]], config: Config) -> dict[str, flo
     lengths = np.array([len(s.ids) for s in samples])
     correct = np.array([bool(s.grade.correct) for s in samples])
     judged = any(s.grade.correct is not None for s in samples)
-    failed = [s.grade.reward is not None and math.isnan(s.grade.reward) for s in samples]
+    failed = sum(reward_failed(s.grade) for s in samples)
     statuses = [s.grade.status for s in samples]
     kinds = np.array([s.prompt.problem.kind for s in samples])
     rewards, by_kind = rewards_of(groups, config).double(), {}
@@ -729,7 +734,7 @@ def rollout_metrics(groups: list[list[Sample]], config: Config) -> dict[str, flo
         reward=rewards.mean().item(),
         accuracy=correct.mean() if judged else None,
         **by_kind,
-        **(dict(reward_errors=sum(failed)) if config.reward else {}),
+        **(dict(reward_errors=failed) if config.reward else {}),
         response_length=lengths.mean(),
         response_length_positive=lengths[correct].mean() if correct.any() else None,
         response_length_negative=lengths[~correct].mean() if not correct.all() else None,

@@ -315,14 +315,15 @@ def quantity(text: str, known: frozenset | None = None) -> tuple[str, Unit | Non
                 return str(total / sizes[-1]), parts[-1][1]
     for cut in re.finditer(r"(?<=[\w)}\]%!.])(?=\s|\\text)|(?<=\d)(?=[A-Za-z]{2})", text):
         value, tail = text[: cut.start()].strip(), text[cut.start() :].strip()
-        plain = number(value.removesuffix("%")) is not None
         if not re.match(r"(?:\\frac\{\s*)?(?:[A-Za-z]|\\text)", tail) or _word(value):
             continue
-        if len(tail) == 1 and not plain and not known:  # in 5x m, m may be a variable
+        amount = number(value.removesuffix("%"))
+        if len(tail) == 1 and amount is None and not known:  # in 5x m, m may be a variable
             continue
-        if (unit := _unit(tail)) or (
-            plain and (unit := _noun(tail, abs(number(value.removesuffix("%"))) <= 1, known))
-        ):
+        unit = _unit(tail)
+        if unit is None and amount is not None:
+            unit = _noun(tail, abs(amount) <= 1, known)
+        if unit:
             return value, unit
     return text, None
 
@@ -543,7 +544,7 @@ def _equation(parts: list[str], marks: list[str], sides: list[Node], text: str) 
     for mark, side in zip(marks[first:], sides[first + 1 :], strict=True):
         places = re.fullmatch(r"[+-]?[\d,]*\.?(\d*)", side.text)
         exact, decimal = _sympy(kept[-1].text), number(side.text)
-        exact = exact.doit() if hasattr(exact, "as_numer_denom") else None
+        exact = exact.doit() if _is_expression(exact) else None
         if places and decimal is not None and exact is not None and exact.is_number:
             gap, half = abs(exact - decimal).evalf(), Fraction(1, 2 * 10 ** len(places[1]))
             if gap <= half and (mark == r"\approx" or (gap > 0 and len(places[1]) >= 2)):
@@ -709,8 +710,8 @@ def same_leaf(gold: str, answer: str, computed: bool = False) -> bool:
     if _MARKS.findall(answer) != _MARKS.findall(gold):
         return False
     wanted, target = _sympy(gold), _sympy(answer)
-    if not (hasattr(wanted, "as_numer_denom") and hasattr(target, "as_numer_denom")):
-        return False  # no expressions
+    if not (_is_expression(wanted) and _is_expression(target)):
+        return False
     target *= scale
     if a is not None and "." in answer and wanted.is_number and not wanted.doit().is_rational:
         return bool(abs((wanted - target).evalf(20)) <= abs(target) / 10**6)  # to six figures
@@ -766,13 +767,20 @@ def _sympy(latex: str) -> Any:
         return None
 
 
+def _is_expression(tree: Any) -> bool:
+    """Tell whether it has a value: not None, a set, a relation or a matrix."""
+    from sympy import Expr
+
+    return isinstance(tree, Expr)
+
+
 def _equal(a: Any, b: Any, factor: bool = False) -> bool:
     """Tell whether two sympy expressions have the same value (factor: up to one factor) at three
     points, or, with \\kappa, the same values over the integers."""
-    from sympy import Derivative, Expr, Rational, Symbol, simplify
+    from sympy import Derivative, Rational, Symbol, simplify
     from sympy.core.function import AppliedUndef
 
-    if not isinstance(a, Expr) or not isinstance(b, Expr) or a.has(Derivative) or b.has(Derivative):
+    if not _is_expression(a) or not _is_expression(b) or a.has(Derivative) or b.has(Derivative):
         return False
     if (a.has(AppliedUndef) or b.has(AppliedUndef)) and not factor:
         return simplify(a - b) == 0
@@ -817,7 +825,7 @@ def _same_equation(gold: str, answer: str) -> bool:
         return False
     for text in (gold, answer):
         sides = list(map(_sympy, _split(text, _EQUALS)[0]))
-        if len(sides) != 2 or not all(hasattr(side, "as_numer_denom") for side in sides):
+        if len(sides) != 2 or not all(map(_is_expression, sides)):
             return False
         trees.append(sides[0] - sides[1])
     return trees[0].free_symbols == trees[1].free_symbols and _equal(*trees, factor=True)
