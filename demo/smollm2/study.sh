@@ -27,4 +27,4 @@ evaluate $OUT/model $OUT/eval-base
 for run in $OUT/a3po-seed? $OUT/dapo-seed?; do
   evaluate "$run/checkpoints/step_20" "$run/eval"
 done
-"$PYTHON" demo/smollm2/results.py
+"$PYTHON" demo/smollm2/results.py $OUT
