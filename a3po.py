@@ -47,6 +47,7 @@ from tqdm import tqdm
 import eval as evaluation
 import rollout
 import verify
+from data import load_problems
 from model import Checkpoints, Policy, collate, distribute, full_weights, load_model
 from rollout import Prompt, Sample, rank, say, timed, world_size
 from verify import KINDS, Grade, Graders, UsageError
@@ -813,11 +814,11 @@ def load_inputs(config: Config):
     )
     if any(getattr(model_config, k, None) for k in ("final_logit_softcapping", "logit_scale")):
         raise UsageError(f"model {c.model!r} rescales its logits, which Policy does not do")
-    problems = rollout.load_problems(c.data, kind=c.kind, needs_answer=not c.reward)
+    problems = load_problems(c.data, kind=c.kind, needs_answer=not c.reward)
     prompts = rollout.encode_prompts(problems, tokenizer, c.template, c.max_prompt_length)
     held_out, problems = [], []
     for source in filter(None, c.eval_data.split(",")):
-        problems += rollout.load_problems(source, "test", kind=c.eval_kind)
+        problems += load_problems(source, "test", kind=c.eval_kind)
     if problems := evaluation.name_apart(problems):
         held_out = rollout.encode_prompts(problems, tokenizer, c.template, c.max_prompt_length)
     held_out = held_out[: c.eval_limit or None]

@@ -40,6 +40,7 @@ import numpy as np
 
 import rollout
 import verify
+from data import read_rows, to_problem
 from rollout import Problem, Prompt, Sample, say
 from verify import Graders, UsageError
 
@@ -108,14 +109,14 @@ def load_benchmark(name: str, bench: Benchmark, args: argparse.Namespace) -> lis
     rows = 0
     try:
         for source in find_sources(name, bench, args):
-            for where, row in rollout.read_rows(source, "test"):  # or its only split
+            for where, row in read_rows(source, "test"):  # or its only split
                 day = str(row.get("contest_date", ""))[:10]
                 if bench.kind == "code" and not args.lcb_from <= day <= (args.lcb_to or day):
                     continue
                 identity = row.get(bench.id, row.get("id", Path(where).name))
                 if row.keys() >= {"Question", "Correct Answer"}:
                     row = gpqa_row(row)
-                problem = rollout.to_problem(where, row, bench.kind)
+                problem = to_problem(where, row, bench.kind)
                 problems.setdefault(problem.text, dataclasses.replace(problem, id=str(identity)))
                 rows += 1
         if not problems:

@@ -1,5 +1,5 @@
-"""From a row of data to graded responses: dict, Problem, Prompt, Sample. Read from the top: ranks,
-data, prompts, the vLLM engine, sampling.
+"""From a problem to graded responses: Problem, Prompt, Sample. Read from the top: ranks, prompts,
+the vLLM engine, sampling. data.py makes the problems.
 
 Training and evaluation read the same data formats and use the same template, engine and sampler.
 vLLM is imported only when an `Engine` is built.
@@ -7,10 +7,8 @@ vLLM is imported only when an `Engine` is built.
 
 import atexit
 import contextlib
-import csv
 import hashlib
 import importlib
-import io
 import math
 import os
 import socket
@@ -28,8 +26,7 @@ from typing import Any, NoReturn
 import numpy as np
 from tqdm import tqdm
 
-import verify
-from verify import KINDS, Grade, Graders, UsageError, extract_answer
+from verify import Grade, Graders, UsageError
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 PLAIN_TEMPLATE = "{problem}\n" + INSTRUCTION + "\n"  # for models without a chat template
@@ -38,15 +35,6 @@ INSTRUCTIONS = {  # what follows a problem of each kind, in the words that its g
     "choice": "Please reason step by step, and put the letter of your answer within \\boxed{}.",
     "code": "Please reason step by step, and put your final program in a ```python code block.",
 }
-
-# DAPO-Math-17k wraps each problem in its own instruction ("Answer: ..."); we take the problem out
-# and apply our template, so that training and evaluation ask in the same words.
-DAPO_PREFIX = "Solve the following math problem step by step."
-DAPO_SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
-TEXT_COLUMNS = ("prompt", "problem", "question", "question_content")
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-TEST_FIELDS = ("public_test_cases", "private_test_cases", "metadata")  # what a code grader reads
-CHECKED_TESTS = 1 << 20  # characters, decoded in 7 ms; some of LiveCodeBench's rows have far more
 
 
 # ---- ranks --------------------------------------------------------------------------------------
@@ -124,7 +112,7 @@ def say(*parts: object) -> None:
         tqdm.write(" ".join(map(str, parts)))
 
 
-# ---- data ---------------------------------------------------------------------------------------
+# ---- prompts ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -138,169 +126,6 @@ class Problem:
     kind: str = "math"
     options: dict = field(default_factory=dict)  # for the grader: n_choices, time_limit
     turns: list[dict] = field(default_factory=list)  # chat messages before it, a system one too
-
-
-def read_rows(source: str, split: str = "train") -> Iterator[tuple[str, dict]]:
-    """Yield (where, row) from a .jsonl, .parquet or .csv file, or from a data set on the hub."""
-    path = Path(source)
-    if path.suffix == ".jsonl" and path.is_file():
-        yield from verify.read_jsonl(path)
-        return
-    if path.suffix in (".parquet", ".csv") and path.is_file():
-        try:
-            rows = _table(path)
-        except (OSError, ValueError) as why:  # damaged, or not in UTF-8
-            raise UsageError(f"{source}: cannot be read: {str(why)[:200]}") from None
-    elif path.exists() or path.suffix or source.count("/") != 1:
-        raise UsageError(
-            f"data {source!r}: expected an existing .jsonl or .parquet file, or a hub data set "
-            "'owner/name' or 'owner/name:config'; check the path"
-        )
-    else:
-        rows = _hub_rows(source, split)
-    for number, row in enumerate(rows):
-        yield f"{source} row {number}", row
-
-
-def _table(path: Path) -> Iterable[dict]:
-    if path.suffix == ".csv":
-        return csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""))
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_table(path).to_pylist()
-
-
-def _hub_rows(name: str, split: str) -> Iterable[dict]:
-    import datasets
-
-    name, _, config = name.partition(":")
-    try:
-        splits = datasets.load_dataset(name, config or None)
-    except Exception as error:  # the hub client raises many kinds, all with the same meaning here
-        raise UsageError(
-            f"data {name!r}: no such local file, and the hub data set did not load "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:120]})"
-        ) from None
-    return splits[split if split in splits else next(iter(splits))]
-
-
-def to_problem(where: str, row: dict, kind: str = "", needs_answer: bool = True) -> Problem:
-    """Make a problem of a row; `where` names it in errors. kind: that of the whole file, which no
-    row may contradict, or "": each row's own, or math. needs_answer=False: answers and tests may
-    be missing, as a reward function judges."""
-    own = row.get("kind")
-    hints = [x for x in ("choices", "tests", "question_content") if row.get(x)]
-    text = next((row[column] for column in TEXT_COLUMNS if row.get(column)), None)
-    turns: list[dict] = []
-    if isinstance(text, list):  # chat messages; the last user turn is the problem
-        text = [turn for turn in text if isinstance(turn, dict)]
-        asked = [i for i, turn in enumerate(text) if turn.get("role") == "user"]
-        turns, text = (text[: asked[-1]], text[asked[-1]]["content"]) if asked else ([], None)
-    try:
-        require(own in (None, kind or own) and own in (None, *KINDS), row, "kind",
-                kind or "math, choice or code")
-        require(own or kind or not hints, row, "kind", f"one beside {hints}, in the row or for the "
-                "whole file (--kind, of held-out data --eval_kind)")
-        require(isinstance(text, str) and text.strip(), row, "problem",
-                f"a text, there or in 'prompt' or 'question' (found columns {sorted(row)})")
-        kind = own or kind or "math"
-        text, reference, options = CONVERT[kind](text, row, needs_answer)
-    except UsageError as why:
-        raise UsageError(f"{where}: {why}") from None
-    names = (row.get("id"), row.get("question_id"), where.rpartition("/")[2])
-    identity = next(name for name in names if name is not None)
-    return Problem(str(identity), text, reference, kind, options, turns)
-
-
-def require(right: Any, row: dict, name: str, expected: str) -> None:
-    if not right:
-        raise UsageError(f"field {name!r}: expected {expected}, not {repr(row.get(name))[:80]}")
-
-
-def math_problem(text: str, row: dict, needs_answer: bool) -> tuple[str, str, dict]:
-    """Return text, answer and no options of a row with the usual columns."""
-    of_verl = row.get("reward_model")
-    answers = [of_verl.get("ground_truth")] if isinstance(of_verl, dict) else []
-    answers += [row.get("answer"), extract_answer(row.get("solution"))]  # of math-ai/aime24
-    answer = str(next((x for x in answers if x is not None), "")).strip()
-    require(answer or not needs_answer, row, "answer",
-            "a text, there or in 'reward_model.ground_truth', or a boxed 'solution'")
-    if text.startswith(DAPO_PREFIX) and text.endswith(DAPO_SUFFIX):
-        text = text[: -len(DAPO_SUFFIX)].partition("\n\n")[2]
-    return text.strip(), answer.rpartition("#### ")[2].strip(), {}  # GSM8K's ends a solution so
-
-
-def choice_problem(text: str, row: dict, needs_answer: bool) -> tuple[str, str, dict]:
-    """Return text, letter and options of a row with "choices", or with n_choices (4 if absent) in
-    its text. The answer: a letter; of choices also an index from 0, or a text. A string is an index
-    only if it is no choice's text; one choice's letter that is another's text is an error."""
-    choices, answer = row.get("choices") or [], row.get("answer")
-    require(isinstance(choices, list), row, "choices", "a list of texts")
-    choices = ["" if choice is None else str(choice).strip() for choice in choices]
-    n = len(choices) or row.get("n_choices") or 4
-    require(n in range(2, 27) and "" not in choices, row, "choices" if choices else "n_choices",
-            "2 to 26 options")
-    letters, given = LETTERS[: int(n)], "" if answer is None else str(answer).strip()
-    listed = list(zip(letters, choices, strict=bool(choices)))
-    meant = {given} & {*letters} | {letter for letter, choice in listed if choice == given}
-    if choices and (type(answer) is int or not meant):
-        meant = {letter for i, letter in enumerate(letters) if str(i) == given}
-    require(len(meant) == 1 or not (given or needs_answer), row, "answer",
-            f"one letter of {letters}, or an index or a text of 'choices'")
-    text = text.strip() + "\n" * bool(choices)
-    text += "".join(f"\n{letter}) {choice}" for letter, choice in listed)
-    return text, "".join(meant), dict(n_choices=len(letters))
-
-
-def code_problem(text: str, row: dict, needs_answer: bool) -> tuple[str, dict, dict]:
-    """Return text, tests and options of a LiveCodeBench row, or of one with "tests" in its form, a
-    list, and the name of a "function" if they call one. Of tests over CHECKED_TESTS an error shows
-    only when they are run, as the status bad_reference."""
-    function, starter = row.get("function") or row.get("func_name"), row.get("starter_code")
-    limit = row.get("time_limit")
-    require(function is None or str(function).isidentifier(), row, "function", "a function's name")
-    require(isinstance(starter, str | None), row, "starter_code", "a text")
-    require(limit is None or (isinstance(limit, int | float) and 0 < limit <= 3600), row,
-            "time_limit", "seconds, at most 3600")
-    reference = {name: row[name] for name in TEST_FIELDS if row.get(name)}
-    if row.get("tests"):
-        reference = dict(public_test_cases=row["tests"], metadata=dict(func_name=function))
-    size = sum(len(tests) for tests in reference.values() if isinstance(tests, str))
-    try:
-        if size <= CHECKED_TESTS and (reference or needs_answer):
-            verify.read_tests(reference)
-    except verify.BadReference as why:
-        name = next((name for name in TEST_FIELDS if row.get(name)), "tests")
-        require(False, row, name, f"tests like {{'input': text, 'output': text}} ({why})")
-    task = "Read the input from standard input and write the output to standard output."
-    if starter:
-        task = f"Complete this starter code:\n```python\n{starter.rstrip()}\n```"
-    elif function:
-        task = f"Write a Python function `{function}`."
-    options = {} if limit is None else dict(time_limit=limit)
-    return f"{text.strip()}\n\n{task}", reference, options
-
-
-CONVERT = dict(math=math_problem, choice=choice_problem, code=code_problem)
-
-
-def load_problems(source: str, split: str = "train", **how: Any) -> list[Problem]:
-    """Read a data set, keeping the first of rows with the same problem text (DAPO-Math-17k
-    repeats each about 100 times). how: kind and needs_answer of to_problem."""
-    problems: dict[str, Problem] = {}
-    rows = 0
-    for where, row in read_rows(source, split):
-        problem = to_problem(where, row, **how)
-        problems.setdefault(problem.text, problem)
-        rows += 1
-    if not problems:
-        raise UsageError(f"data {source!r}: no rows; give a file with at least one problem")
-    if rows > len(problems):
-        say(f"{source}: {rows - len(problems)} of {rows} rows repeat a problem and were dropped")
-    return list(problems.values())
-
-
-# ---- prompts ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import rollout  # noqa: E402
+from data import load_problems  # noqa: E402
 
 
 def main(checkpoint: str) -> None:
     rollout.init_distributed()
     tokenizer, _ = rollout.load_tokenizer(checkpoint, 64, 64)
-    problems = rollout.load_problems(str(ROOT / "demo" / "test.jsonl"))[:16]
+    problems = load_problems(str(ROOT / "demo" / "test.jsonl"))[:16]
     prompts = rollout.encode_prompts(problems, tokenizer, "auto", 64)
     engine = rollout.Engine(checkpoint, tokenizer, max_model_len=128)
     responses = dict(engine.generate(prompts, 1, [0] * 16, max_tokens=64, temperature=0.0))

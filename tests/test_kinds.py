@@ -16,6 +16,7 @@ import a3po
 import eval as evaluation
 import rollout
 import verify
+from data import load_problems
 from rollout import Problem, Prompt, Sample
 from verify import Grade, UsageError
 
@@ -32,7 +33,7 @@ CODE = dict(kind="code", problem="Add two numbers.", tests=TESTS)
 def load(tmp_path, *rows, **how) -> list[Problem]:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return rollout.load_problems(str(path), **how)
+    return load_problems(str(path), **how)
 
 
 def test_kinds_are_mixed_in_one_file(tmp_path):
@@ -186,7 +187,7 @@ def test_each_file_has_a_flag_for_its_kind(tmp_path):
 
 def test_large_tests_are_read_only_when_they_are_run(tmp_path, monkeypatch):
     broken = LIVE | dict(kind="code", private_test_cases="?" * 99)
-    monkeypatch.setattr(rollout, "CHECKED_TESTS", 100)
+    monkeypatch.setattr("data.CHECKED_TESTS", 100)
     [problem] = load(tmp_path, broken)
     grade = verify.grade("code", "```python\nprint(3)\n```", problem.reference)
     assert grade.status == "bad_reference" and not grade.correct

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, make_model, run
 
 import rollout
+from data import load_problems
 from rollout import PromptSampler
 from verify import Grade, UsageError
 
@@ -40,7 +41,7 @@ def write(path, rows):
     ],
 )
 def test_schemas(tmp_path, row, text, reference):
-    [problem] = rollout.load_problems(write(tmp_path / "d.jsonl", [row]))
+    [problem] = load_problems(write(tmp_path / "d.jsonl", [row]))
     assert (problem.text, problem.reference, problem.kind) == (text, reference, "math")
 
 
@@ -51,7 +52,7 @@ def test_dapo_wrapper_is_taken_off_and_duplicates_dropped(tmp_path):
         '\n\nFind $x$.\n\nThen $y$.\n\nRemember to put your answer on its own line after "Answer:".'
     )
     row = {"prompt": [{"role": "user", "content": wrapped}], "reward_model": {"ground_truth": "2"}}
-    problems = rollout.load_problems(write(tmp_path / "d.jsonl", [row] * 5))
+    problems = load_problems(write(tmp_path / "d.jsonl", [row] * 5))
     assert [p.text for p in problems] == ["Find $x$.\n\nThen $y$."]
 
 
@@ -62,7 +63,7 @@ def test_parquet(tmp_path):
     rows = [{"prompt": [{"role": "user", "content": f"p{i % 3}"}],
              "reward_model": {"ground_truth": str(i % 3)}} for i in range(9)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
-    problems = rollout.load_problems(str(tmp_path / "d.parquet"))
+    problems = load_problems(str(tmp_path / "d.parquet"))
     assert [(p.text, p.reference) for p in problems] == [("p0", "0"), ("p1", "1"), ("p2", "2")]
 
 
@@ -80,19 +81,19 @@ def test_bad_files_are_named(tmp_path, content, says):
     path = tmp_path / "d.jsonl"
     path.write_text(content)
     with pytest.raises(UsageError) as error:
-        rollout.load_problems(str(path))
+        load_problems(str(path))
     assert says in str(error.value)
 
 
 @pytest.mark.parametrize("source", ["nowhere.jsonl", "/no/such/dir", "x.csv", "word"])
 def test_missing_files_are_named(source):
     with pytest.raises(UsageError, match="expected an existing"):
-        rollout.load_problems(source)
+        load_problems(source)
 
 
 def test_a_hub_data_set_that_does_not_load_is_named():
     with pytest.raises(UsageError, match="no such local file, and the hub data set did not load"):
-        rollout.load_problems("nobody/nothing")
+        load_problems("nobody/nothing")
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +268,7 @@ def test_earlier_turns_and_typed_line_ends_reach_the_model(tmp_path):
     turns = [dict(role="system", content="Be brief."), dict(role="user", content="Hello"),
              dict(role="assistant", content="Hi")]
     row = dict(prompt=[*turns, dict(role="user", content="1+1?")], answer="2")
-    [problem] = rollout.load_problems(write(tmp_path / "d.jsonl", [row]))
+    [problem] = load_problems(write(tmp_path / "d.jsonl", [row]))
     assert problem.text == "1+1?" and problem.turns == turns
 
     class Chat:
@@ -287,13 +288,13 @@ def test_damaged_files_are_one_sentence_and_a_byte_order_mark_is_fine(tmp_path):
     (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + rows.encode())
     (tmp_path / "bom.csv").write_bytes(b"\xef\xbb\xbfproblem,answer\n1+1,2\n")
     for name in ("bom.jsonl", "bom.csv"):
-        assert rollout.load_problems(str(tmp_path / name))[0].reference == "2"
+        assert load_problems(str(tmp_path / name))[0].reference == "2"
     (tmp_path / "latin.csv").write_bytes("problem,answer\né,1\n".encode("latin-1"))
     (tmp_path / "latin.jsonl").write_bytes('{"problem": "é"}\n'.encode("latin-1"))
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
     for name in ("latin.csv", "latin.jsonl", "cut.parquet"):
         with pytest.raises(UsageError, match=f"{name}.*cannot be read"):
-            rollout.load_problems(str(tmp_path / name))
+            load_problems(str(tmp_path / name))
 
 
 def test_request_seeds_are_far_apart():
