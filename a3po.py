@@ -21,8 +21,8 @@ gets the new weights.
     torchrun --nproc_per_node 8 a3po.py              Qwen3-8B-Base on DAPO-Math-17k, eight GPUs
     python a3po.py --help                            every knob, with its source
 
-Read on from the top: the configuration, the loss (copy it, it needs torch alone), batches, score
-and update, sampling, the loop. model.py and rollout.py are the rest of the sitting.
+Read on from the top: the loss (copy it, it needs torch alone), batches, score and update, sampling,
+the loop. model.py and rollout.py are the rest of the sitting; config.py has the knobs.
 
 Sources: [P] the paper, [C] its authors' code, [O] our reading where neither says. Left out: the
 critic, sequence and tensor parallel training, asynchronous rollouts.
@@ -31,226 +31,45 @@ Shapes: P prompts, G responses to each, B responses in a batch, T response token
 (prompts and responses), R response tokens without padding.
 """
 
-import argparse
+from __future__ import annotations
+
 import dataclasses
 import math
 import os
 import sys
+import time
 from collections import Counter
-from pathlib import Path
 
-import numpy as np
-import torch.distributed as dist
-from torch import nn
-from tqdm import tqdm
+# Read when torch is imported: its C++ parts write of NUMA nodes and the like
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+try:
+    import numpy as np
+    import torch.distributed as dist
+    from torch import nn
+    from tqdm import tqdm
 
-import eval as evaluation
-import rollout
-import verify
-from data import load_problems
-from model import Checkpoints, Policy, collate, distribute, full_weights, load_model
-from rollout import Prompt, Sample, rank, say, timed, world_size
-from verify import KINDS, Grade, Graders, UsageError
-
-CELLS = ("low_prob", "high_prob", "low_entropy", "high_entropy")
-LOSS_AGGS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm")
-
-
-def opt(default, help: str, choices: tuple | None = None):
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
-
-
-@dataclasses.dataclass
-class Config:
-    """Every knob. The defaults are the paper's setting for Qwen3-8B-Base."""
-
-    # what to run
-    preset: str = opt("a3po", "the method: a set of the fields below, see PRESETS")
-    setting: str = opt("auto", "size of the job: paper, demo, or auto = paper on a GPU, else demo",
-                       ("auto", "paper", "demo"))
-    model: str = opt("Qwen/Qwen3-8B-Base", "hub name or save_pretrained folder [P]")
-    data: str = opt("BytedTsinghua-SIA/DAPO-Math-17k", ".jsonl, .parquet or hub data set [P]")
-    kind: str = opt("", "what all rows of --data are, else each row's own 'kind', or math",
-                    ("", *KINDS))
-    eval_data: str = opt("math-ai/aime24,math-ai/aime25", "held-out data, comma separated [C]")
-    eval_kind: str = opt("", "the same for --eval_data", ("", *KINDS))
-    unsafe_code: bool = opt(False, "run programs also where they could change your files")
-    output_dir: str = opt("", "run folder (default runs/SETTING-PRESET-seedN-TIME)")
-    seed: int = opt(0, "seed of sampling and shuffling")
-    resume_changed: bool = opt(False, "resume with flags that change the method or the data")
-    resume: str = opt("", "'auto': go on from the newest checkpoint in --output_dir, if any",
-                      ("", "auto"))
-    # batch
-    steps: int = opt(300, "training steps [P]")
-    prompts_per_step: int = opt(512, "prompts a step, over all ranks [P]")
-    group_size: int = opt(8, "responses per prompt [C]")
-    mini_batches: int = opt(16, "optimiser updates a step [C]")
-    micro_batch_tokens: int = opt(16384, "tokens packed into one forward/backward on a rank")
-    dynamic_sampling: bool = opt(True, "drop all-correct and all-wrong groups, refill [DAPO]")
-    max_refills: int = opt(3, "most refills a step for dropped groups")
-    # rollouts
-    template: str = opt("auto", "auto (chat if the tokenizer has one), chat, plain, or a text "
-                        "with {problem}")
-    max_prompt_length: int = opt(1024, "tokens; longer prompts are dropped [C]")
-    max_response_length: int = opt(8192, "tokens [C]")
-    temperature: float = opt(1.0, "sampling temperature, also of the trainer's log-probs [C]")
-    max_num_seqs: int = opt(256, "responses decoded at once by one engine")
-    gpu_memory: float = opt(0.6, "share of GPU memory for vLLM while the trainer is idle")
-    # advantages
-    reward: str = opt("", "module:function(response, problem) instead of the built-in graders")
-    advantage: str = opt("group", "group: GRPO's; raw: +1 / -1 (2506.01347)", ("group", "raw"))
-    norm_std: bool = opt(True, "divide by the group's standard deviation [C]")
-    overlong_buffer: int = opt(0, "soft length penalty over the last N tokens, 0 = off [DAPO]")
-    positive_weight: float = opt(1.0, "weight of correct responses [P]")
-    negative_weight: float = opt(1.0, "weight of incorrect responses [P]")
-    rho_positive: float = opt(2.0, "initial weight of the chosen tokens of correct responses [O]")
-    rho_negative: float = opt(2.0, "initial weight of the chosen tokens of incorrect ones [O]")
-    positive_cell: str = opt("low_prob", "tokens chosen in correct responses [P]", CELLS)
-    negative_cell: str = opt("high_prob", "tokens chosen in incorrect responses [P]", CELLS)
-    token_fraction: float = opt(0.2, "share of a response's tokens that are chosen [C]")
-    decay: str = opt("linear", "how rho falls to 1 [P: it decays; O: the form]",
-                     ("linear", "exp", "none"))
-    decay_rate: float = opt(0.005, "alpha, per step [P]")
-    # loss
-    clip_low: float = opt(0.2, "ratio clipped at 1 - clip_low [C]")
-    clip_high: float = opt(0.28, "ratio clipped at 1 + clip_high [DAPO]")
-    dual_clip: float = opt(0.0, "bound on ratio * |A| for A < 0; 0 = off (verl uses 3)")
-    loss_agg: str = opt("token-mean", "how token losses are averaged [DAPO]", LOSS_AGGS)
-    kl_coef: float = opt(0.0, "weight of the k3 KL to the initial model, or to Lp-Reg's proxy")
-    proxy_kappa: float = opt(0.0, "Lp-Reg (2510.03222): proxy keeps tokens with p > kappa * max p")
-    proxy_delta: float = opt(0.01, "Lp-Reg: acts on the batch's tokens of lowest p, this share")
-    entropy_fraction: float = opt(1.0, "share of the batch's tokens, those of highest entropy, "
-                                  "that have a loss (2506.01939)")
-    tis_cap: float = opt(2.0, "cap of the vLLM -> trainer importance weight, 0 = off [O]")
-    # optimiser
-    lr: float = opt(1e-6, "AdamW learning rate [P]")
-    warmup_steps: int = opt(0, "steps of linear learning-rate warm-up [C]")
-    adam_beta2: float = opt(0.999, "AdamW beta2 [C]")
-    weight_decay: float = opt(0.01, "AdamW weight decay [C]")
-    max_grad_norm: float = opt(1.0, "gradient clipping [C]")
-    # devices
-    parallel: str = opt("fsdp", "how ranks share the model", ("fsdp", "ddp"))
-    gradient_checkpointing: bool = opt(True, "recompute activations in the backward pass")
-    head_chunk: int = opt(1024, "tokens whose logits exist at one time")
-    # evaluation, checkpoints, logs
-    eval_every: int = opt(20, "steps between evaluations, 0 = only before and after")
-    eval_n: int = opt(8, "responses per held-out problem [C]")
-    eval_limit: int = opt(0, "held-out problems, 0 = all")
-    eval_temperature: float = opt(0.6, "[C]")
-    eval_top_p: float = opt(0.95, "[C]")
-    save_every: int = opt(50, "steps between checkpoints, 0 = only after the last step")
-    log_rollouts: int = opt(4, "responses a step written to rollouts.jsonl")
-    grade_timeout: float = opt(10.0, "seconds a grader may take for one response")
-
-
-RANGES = {  # which values the fields may have
-    "[2, inf)": "group_size",  # advantages compare the responses to one prompt
-    "[1, inf)": "prompts_per_step mini_batches micro_batch_tokens max_prompt_length "
-                "max_response_length max_num_seqs head_chunk eval_n",
-    "[0, inf)": "seed steps max_refills overlong_buffer positive_weight negative_weight "
-                "rho_positive rho_negative decay_rate clip_high dual_clip kl_coef tis_cap lr "
-                "warmup_steps weight_decay eval_every eval_limit eval_temperature save_every "
-                "log_rollouts",
-    "(0, inf)": "temperature max_grad_norm grade_timeout",
-    "(0, 1]": "gpu_memory token_fraction entropy_fraction proxy_delta eval_top_p",
-    "[0, 1]": "clip_low",
-    "[0, 1)": "proxy_kappa adam_beta2",
-}  # fmt: skip
-
-# The demo: the same job at laptop size. Every other field keeps its default.
-DEMO_DIR = Path(__file__).resolve().parent / "demo"
-SETTINGS = {
-    "paper": {},
-    "demo": dict(
-        model=str(DEMO_DIR / "model"), data=str(DEMO_DIR / "train.jsonl"),
-        eval_data=str(DEMO_DIR / "test.jsonl"), steps=100, prompts_per_step=32, group_size=8,
-        mini_batches=8, max_prompt_length=64, max_response_length=64, lr=1.5e-4, warmup_steps=5,
-        adam_beta2=0.95, weight_decay=0.0, head_chunk=256, micro_batch_tokens=2048,
-        eval_every=20, eval_n=4, eval_temperature=1.0, eval_top_p=1.0, save_every=0,
-        gradient_checkpointing=False, decay_rate=0.015,
-    ),
-}
-
-# Each method is the same loss with other weights: name -> (what it is, fields).
-NO_SHAPING = dict(rho_positive=1.0, rho_negative=1.0)
-GRPO = dict(clip_high=0.2, dynamic_sampling=False, kl_coef=0.001, loss_agg="seq-mean-token-mean")
-RAW = NO_SHAPING | dict(advantage="raw", dynamic_sampling=False, clip_high=0.2)
-PRESETS = {
-    "a3po": ("the paper's token-level shaping on DAPO's surrogate [O]", {}),
-    "a3po_exp": ("A3PO with rho decaying exponentially", dict(decay="exp")),
-    "a3po_constant": ("A3PO without decay, the ablation", dict(decay="none")),
-    "a3po_grpo": ("A3PO's shaping on GRPO's surrogate", GRPO),
-    "grpo": ("sequence mean, symmetric clip, k3 KL to the initial model", NO_SHAPING | GRPO),
-    "dr_grpo": ("GRPO without length and deviation normalisation, no KL", NO_SHAPING | GRPO | dict(
-        norm_std=False, loss_agg="seq-mean-token-sum-norm", kl_coef=0.0)),
-    "dapo": ("clip-higher, token mean, dynamic sampling, no KL", NO_SHAPING),
-    "fork_tokens": ("DAPO on the 20 % of tokens with the highest entropy", NO_SHAPING | dict(
-        entropy_fraction=0.2)),
-    "psr": ("DAPO on positive samples only", NO_SHAPING | dict(negative_weight=0.0)),
-    "nsr": ("DAPO on negative samples only", NO_SHAPING | dict(positive_weight=0.0)),
-    "psr_raw": ("advantage +1, correct responses only (2506.01347)", RAW | dict(
-        negative_weight=0.0)),
-    "nsr_raw": ("advantage -1, incorrect responses only (2506.01347)", RAW | dict(
-        positive_weight=0.0)),
-    "w_reinforce": ("advantage +0.1 / -1 (2506.01347)", RAW | dict(positive_weight=0.1)),
-    "lp_reg": ("ratio clipped to [0, 10], k3 to a proxy on unlikely tokens with A < 0", NO_SHAPING
-               | dict(clip_low=1.0, clip_high=9.0, dual_clip=10.0, proxy_kappa=0.02, kl_coef=1.0)),
-    "polarity": ("DAPO with A * w_pos or w_neg; 0.5 : 1, the paper's best ratio", NO_SHAPING | dict(
-        positive_weight=0.5)),
-    "token_cell": ("one cell {positive, negative} x CELLS, constant weight; see --rho_*, --*_cell",
-                   dict(rho_negative=1.0, decay="none")),
-    "symmetric": ("the control: low-probability tokens for both polarities", dict(
-        negative_cell="low_prob")),
-}
-
-
-def parse_args(argv: list[str] | None = None) -> Config:
-    """Read the flags: defaults < setting < preset < flags. Unknown ones are an error."""
-    parser = argparse.ArgumentParser(
-        description="Train a language model with A3PO or a method it is compared with.",
-        epilog="presets:\n" + "\n".join(f"  {k:15}{text}" for k, (text, _) in PRESETS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
+    import eval as evaluation
+    import rollout
+    import verify
+    from config import SETTINGS, Config, check_config, parse_args
+    from data import load_problems
+    from folder import Checkpoints, RunFolder, show_example
+    from model import (
+        Policy,
+        check_agreement,
+        collate,
+        deal,
+        distribute,
+        full_weights,
+        load_model,
+        pack,
     )
-    for f in dataclasses.fields(Config):
-        choices = tuple(PRESETS) if f.name == "preset" else f.metadata["choices"]
-        default = "off" if f.default == "" else f.default
-        text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
-        if f.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        else:
-            kind = dict(type=f.type, choices=choices, metavar=f.name.upper())
-        parser.add_argument(f"--{f.name}", help=text, **kind)
-    flags = vars(parser.parse_args(argv))
-    config = Config(**{k: flags[k] for k in ("setting", "preset") if k in flags})
-    if config.setting == "auto":
-        config.setting = "paper" if torch.cuda.is_available() else "demo"
-    for fields in (SETTINGS[config.setting], PRESETS[config.preset][1], flags):
-        config = dataclasses.replace(config, **{**fields, "setting": config.setting})
-    return config
-
-
-def check_config(config: Config) -> None:
-    """Refuse impossible values and combinations before any work starts."""
-    c = config
-    for interval, names in RANGES.items():
-        low, high = map(float, interval[1:-1].split(","))
-        for name in names.split():
-            value = getattr(c, name)
-            above = value > low or (value == low and interval[0] == "[")
-            if not (above and (value < high or (value == high and interval[-1] == "]"))):
-                raise UsageError(f"--{name} {value}: give a value in {interval}")
-    for ok, what in (
-        (c.prompts_per_step % world_size() == 0, f"--prompts_per_step {c.prompts_per_step} is not "
-         f"divisible by the {world_size()} ranks: change one of them"),
-        (c.mini_batches <= c.prompts_per_step, f"--mini_batches {c.mini_batches}: give at most "
-         f"--prompts_per_step ({c.prompts_per_step})"),
-        (c.kl_coef or not c.proxy_kappa, "--proxy_kappa needs a --kl_coef above 0"),
-        (c.overlong_buffer < c.max_response_length, f"--overlong_buffer {c.overlong_buffer}: "
-         f"give less than --max_response_length ({c.max_response_length})"),
-    ):
-        if not ok:
-            raise UsageError(what)
+    from rollout import Prompt, Sample, rank, say, timed, world_size
+    from verify import Grade, Graders, UsageError
+except ImportError as missing:  # the loss needs torch alone, on any system
+    if __name__ == "__main__":
+        sys.exit(f"error: {missing}. Training needs Linux and what `bash run.sh install` puts into "
+                 ".venv: then .venv/bin/python a3po.py")
 
 
 # ---- loss: copy from here ----
@@ -305,9 +124,9 @@ def smallest(values: torch.Tensor, mask: torch.Tensor, fraction: float) -> torch
     counts = (lengths.double() * fraction).long().clamp_(min=1)
     values = values.float()
     ordered = torch.where(mask, values, torch.inf)
-    if type(ordered) is torch.Tensor and ordered.device.type == "cpu":
-        ordered.numpy().sort(axis=1)  # in place, and many times faster than torch's sort there
-    else:
+    try:  # in place, and many times faster than torch's sort
+        ordered.numpy().sort(axis=1)
+    except (TypeError, RuntimeError):  # not on a CPU, a fake tensor, or no NumPy
         ordered = ordered.sort(dim=1).values
     threshold = ordered.gather(1, counts - 1)  # the counts-th smallest value of each row
     room = (counts - torch.searchsorted(ordered, threshold)).to(short)  # for values equal to it
@@ -421,8 +240,11 @@ def policy_loss(
 
 # ---- batches ------------------------------------------------------------------------------------
 
-NOTHING = Sample(Prompt(None, [0]), np.empty(0, np.int32), np.empty(0, np.float32), "stop",
-                 grade=Grade(False, None))  # an empty response
+
+def nothing() -> Sample:
+    """Return an empty response."""
+    return Sample(Prompt(None, [0]), np.empty(0, np.int32), np.empty(0, np.float32), "stop",
+                  grade=Grade(False, None))
 
 
 def has_gradient(sample: Sample, config: Config) -> bool:
@@ -436,7 +258,7 @@ def make_batches(
 ) -> list[list[dict]]:
     """Return this rank's micro-batches of each mini-batch, packed once for score and update.
     Samples without a gradient are packed apart: batch["trained"] is False. Every rank gets equally
-    many micro-batches, for each forward under FSDP is a collective; surplus ones hold NOTHING.
+    many micro-batches, for each forward under FSDP is a collective; surplus ones hold `nothing`.
     """
     order = np.random.default_rng([config.seed, step]).permutation(len(groups))
     mini_batches = []
@@ -446,50 +268,11 @@ def make_batches(
             chosen = [sample for sample in samples if has_gradient(sample, config) == trained]
             packs = [pack(share, config.micro_batch_tokens) for share in deal(chosen, world_size())]
             surplus = max(map(len, packs)) - len(packs[rank()])
-            for mine in packs[rank()] + [[NOTHING]] * surplus:
+            for mine in packs[rank()] + [[nothing()]] * surplus:
                 micro_batches.append(collate(mine, device, kernel) | dict(trained=trained))
         if micro_batches:
             mini_batches.append(micro_batches)
     return mini_batches
-
-
-def deal(samples: list[Sample], ranks: int) -> list[list[Sample]]:
-    """Balance the samples' tokens over the ranks, longest first to the least loaded."""
-    shares: list[list[Sample]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-    for sample in sorted(samples, key=lambda sample: packed_length([sample]), reverse=True):
-        least = loads.index(min(loads))
-        shares[least].append(sample)
-        loads[least] += packed_length([sample])
-    return shares
-
-
-def packed_length(samples: list[Sample]) -> int:
-    """Return the tokens of a batch of these samples, where a prompt that several share is once."""
-    prompts = {id(sample.prompt): len(sample.prompt.ids) for sample in samples}
-    return sum(prompts.values()) + sum(len(sample.ids) for sample in samples)
-
-
-def pack(samples: list[Sample], token_budget: int) -> list[list[Sample]]:
-    """Fill bins of at most token_budget tokens, first-fit decreasing (a longer one has its own).
-    Samples of one group that fit into a bin stay together and share their prompt."""
-    groups: dict[int, list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault(id(sample.prompt), []).append(sample)
-    items = []
-    for group in groups.values():
-        whole = packed_length(group) <= token_budget
-        items += [group] if whole else [[sample] for sample in group]
-    bins, free = [], []  # and the room in each
-    for item in sorted(items, key=packed_length, reverse=True):
-        size = packed_length(item)
-        i = next((i for i, room in enumerate(free) if room >= size), len(bins))
-        if i == len(bins):
-            bins.append([])
-            free.append(token_budget)
-        bins[i] += item
-        free[i] -= size
-    return bins
 
 
 # ---- score and update ---------------------------------------------------------------------------
@@ -749,32 +532,6 @@ def rollout_metrics(groups: list[list[Sample]], config: Config) -> dict[str, flo
     )
 
 
-def check_agreement(policy, mini_batches: list[list[dict]], limit: float) -> None:
-    """Stop a run in which vLLM and the trainer are not the same model, whatever the reason, or in
-    which the policy does not repeat itself; looks at the first micro-batch of each rank."""
-    for batch in sum(mini_batches, [])[:1]:
-        with torch.no_grad():
-            logprobs = policy(batch)[0]
-        mask, old = batch["mask"], batch.get("old_logprobs", logprobs)
-        known = mask & batch["rollout_logprobs"].isfinite()
-        gap = (logprobs - batch["rollout_logprobs"]).abs()
-        x = read(dict(
-            max_ratio=((logprobs - old).abs() * mask).max().expm1(),
-            gap=gap.where(known, 0.0).sum(), tokens=known.sum(),
-        ))  # fmt: skip
-        mismatch = x["gap"] / max(x["tokens"], 1)
-        if not mismatch <= limit:
-            raise UsageError(
-                f"vLLM and the trainer disagree about the same tokens: mismatch_mean {mismatch:.2g}"
-                f" where {limit:g} is usual. Causes: a model whose logits are scaled, or whose "
-                "attention has a window; a weight that does not reach vLLM; see README, models")
-        if not x["max_ratio"] <= 1e-3:
-            raise UsageError(
-                f"the trainer does not repeat itself: ratio_max_deviation {x['max_ratio']:.2g} "
-                "without an update in between, where 1e-5 is usual. Causes: dropout, a model with "
-                "a state of its own")
-
-
 def token_metrics(mini_batches: list[list[dict]]) -> dict[str, float]:
     """Return the entropy (nats) by polarity and the mismatch |log p_vLLM - log p_trainer| of the
     tokens that the policy has scored, over all ranks."""
@@ -818,7 +575,7 @@ def load_inputs(config: Config):
     prompts = rollout.encode_prompts(problems, tokenizer, c.template, c.max_prompt_length)
     held_out, problems = [], []
     for source in filter(None, c.eval_data.split(",")):
-        problems += load_problems(source, "test", kind=c.eval_kind)
+        problems += load_problems(source.strip(), "test", kind=c.eval_kind)
     if problems := evaluation.name_apart(problems):
         held_out = rollout.encode_prompts(problems, tokenizer, c.template, c.max_prompt_length)
     held_out = held_out[: c.eval_limit or None]
@@ -835,6 +592,7 @@ def build(config: Config, device: str, kernel: str, precision: torch.dtype | Non
     """Return policy, its inner model, the frozen reference (with KL only) and the optimiser. The
     weights are float32, computed with in `precision`."""
     c = config
+    say("loading the model")
     head = dict(temperature=c.temperature, head_chunk=c.head_chunk, proxy_kappa=c.proxy_kappa,
                 autocast=precision if c.parallel == "ddp" else None)
     model = load_model(c.model, device, kernel, c.gradient_checkpointing)
@@ -863,20 +621,29 @@ def set_lr(optimizer, step: int, config: Config) -> float:
     return lr
 
 
-def train(config: Config, run: evaluation.RunFolder) -> None:
+def start_engine(config: Config, tokenizer) -> rollout.Engine:
+    c = config
+    say("starting vLLM")
+    return rollout.Engine(
+        c.model, tokenizer, max_num_seqs=c.max_num_seqs, gpu_memory=c.gpu_memory, seed=c.seed,
+        max_model_len=c.max_prompt_length + c.max_response_length,
+    )
+
+
+def train(config: Config, run: RunFolder) -> None:
     """Sample, score, update and sync, config.steps times."""
     tokenizer, sampler, held_out, judge = load_inputs(config)
+    if config.check:
+        return say("flags, data and model can be used")
     device = rollout.init_distributed()
     run.agree()
     kernel, precision = ("grids", None) if device == "cpu" else ("varlen", torch.bfloat16)
     policy, model, reference, optimizer = build(config, device, kernel, precision)
     checkpoints = Checkpoints(run.checkpoints, policy, model, optimizer, tokenizer,
-                              dtype=precision or torch.float32)
+                              dtype=precision or torch.float32, keep=config.keep_checkpoints)
+    checkpoints.announce(config.steps, config.save_every)
     start, sampler.cursor = checkpoints.resume() if config.resume else (0, 0)
-    engine = rollout.Engine(
-        config.model, tokenizer, max_num_seqs=config.max_num_seqs, gpu_memory=config.gpu_memory,
-        max_model_len=config.max_prompt_length + config.max_response_length, seed=config.seed,
-    )
+    engine = start_engine(config, tokenizer)
     if start:
         engine.load_weights(full_weights(model))
     run.open(start)
@@ -897,7 +664,7 @@ def train(config: Config, run: evaluation.RunFolder) -> None:
             set_advantages(groups, config)
             engine.sleep()
             if step == start:
-                evaluation.show_example(drawn[0][0], tokenizer)
+                show_example(drawn[0][0], tokenizer)
             # Score: what the policy that sampled says of each token, before it changes
             with timed(seconds, "score"):
                 mini_batches = make_batches(groups, config, step, device, kernel)
@@ -917,14 +684,17 @@ def train(config: Config, run: evaluation.RunFolder) -> None:
             run.log_rollouts(step, drawn, config.log_rollouts)
             stop = run.asked_to_stop()
             if stop or is_due(step + 1, config.save_every, config.steps):
-                run.saved = checkpoints.save(step + 1, sampler.cursor)
+                run.saved = checkpoints.save(step + 1, sampler.cursor) or run.saved
             if stop:
                 return
     run.finish()
+    if run.saved != config.steps:
+        raise UsageError("the trained model was not saved, see above")
 
 
 def run_eval(engine, tokenizer, judge, prompts: list[Prompt], config: Config) -> dict[str, float]:
     """Evaluate the policy that vLLM holds on held-out prompts."""
+    say(f"evaluating on {len(prompts)} held-out problems, {config.eval_n} samples each")
     return evaluation.evaluate(
         engine, tokenizer, judge, prompts, n=config.eval_n, seed=config.seed,
         max_tokens=config.max_response_length, temperature=config.eval_temperature,
@@ -933,10 +703,15 @@ def run_eval(engine, tokenizer, judge, prompts: list[Prompt], config: Config) ->
 
 
 def announce(config: Config) -> None:
+    """Say what will run, and which of the demo's values stay with a user's own model or data."""
     other = {"paper": "the demo: --setting demo", "demo": "the paper's: --setting paper"}
     say(f"{config.preset} in the {config.setting} setting: {config.model} on {config.data}, "
         f"{config.steps} steps of {config.prompts_per_step} x {config.group_size} responses, "
         f"{world_size()} rank(s). For {other[config.setting]}")
+    demo, names = SETTINGS["demo"], ("max_prompt_length", "max_response_length", "lr", "eval_data")
+    kept = [f"--{name} {demo[name]}" for name in names if getattr(config, name) == demo[name]]
+    if config.setting == "demo" and (config.model, config.data) != (demo["model"], demo["data"]):
+        say(f"NOTE: the demo's values, not changed for your own: {', '.join(kept) or 'none'}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -945,11 +720,13 @@ def main(argv: list[str] | None = None) -> None:
     try:
         announce(config)
         check_config(config)
-        run = evaluation.RunFolder(dataclasses.asdict(config))
+        run = RunFolder(dataclasses.asdict(config))
         train(config, run)
     except UsageError as error:
         if rank() == 0:
             print(f"error: {error}", file=sys.stderr)
+        else:  # when one rank has ended, torchrun kills the others: rank 0 first says why
+            time.sleep(2)
         sys.exit(2)
     except KeyboardInterrupt:
         if rank() == 0:

@@ -31,7 +31,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -298,7 +297,7 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
                  "of either more than a few per cent means too large updates",
     "kl_old": "KL to old, nats: how far the step moved the policy (k3); a jump is a warning",
     "loss": "loss, mean: near 0 by design, as advantages cancel; watch reward and grad_norm",
-    "ratio_max": "ratio max, |ratio - 1|: largest of a token; rises with --lr and --mini_batches",
+    "ratio_max": "|ratio-1|, largest: of a token in the step; rises with --lr and --mini_batches",
     "ratio_max_deviation": "first ratio, |ratio - 1|: at the first update of a step, where the "
                            "policy has not changed yet: above 1e-5 in float32 it is a bug",
     "grad_norm": "grad norm, L2: mean before clipping; growth without end announces divergence",
@@ -408,12 +407,6 @@ def folder_path(flag: str, folder: str) -> Path:
     return Path(folder)
 
 
-# Flags of a training run that change neither its method nor its data.
-UNCHECKED = (
-    "output_dir resume resume_changed steps setting save_every eval_every eval_n eval_limit "
-    "eval_data eval_kind log_rollouts max_num_seqs gpu_memory micro_batch_tokens head_chunk "
-    "gradient_checkpointing parallel grade_timeout unsafe_code"
-).split()
 KEPT = ("model", "n", "seed", "template", "temperature", "top_p", "max_response_length")
 
 
@@ -459,152 +452,6 @@ class OutputFolder:
                 if all(records):
                     done[name][prompt.problem.id] = records
         return done
-
-
-CONSOLE = {  # metric: format
-    "reward": ".3f", "entropy": ".3f", "response_length": ".1f", "rho_positive": ".3f",
-    "ratio_max": ".3f", "mismatch_mean": ".1e", "dead_groups": ".2f", "grad_norm": ".3f",
-    "tokens_per_second": ".0f", "seconds": ".2f",
-}
-
-
-class RunFolder:
-    """A training run's config.json, metrics.jsonl, rollouts.jsonl, summary.md and curves.png, which
-    rank 0 writes. `settings`: a3po.Config's fields. UsageError for a run that is not resumed."""
-
-    def __init__(self, settings: dict):
-        name = "{setting}-{preset}-seed{seed}-".format(**settings) + time.strftime("%m%d-%H%M%S")
-        self.path = folder_path("--output_dir", settings["output_dir"] or f"runs/{name}")
-        self.settings, self.printed, self.lines = settings, 0.0, 0
-        self.step, self.saved, self.changed = None, None, []
-        if (self.path / "metrics.jsonl").exists():
-            if not settings["resume"]:
-                raise UsageError(f"--output_dir {self.path} holds a run already: go on with it "
-                                 "(--resume auto) or give another folder")
-            self.check_changes()
-
-    def check_changes(self) -> None:
-        """Say which flags are not those that the run was started with; UsageError where they
-        change the method or the data, unless that is wanted."""
-        path = self.path / "config.json"
-        old = json.loads(path.read_text()) if path.exists() else self.settings
-        self.changed = changed = [
-            f"--{name} {old[name]} -> {value}" for name, value in self.settings.items()
-            if name in old and name not in UNCHECKED and old[name] != value]
-        if changed and not self.settings.get("resume_changed"):
-            raise UsageError(f"--output_dir {self.path} holds a run with other flags: "
-                             f"{', '.join(changed)}; to go on so, add --resume_changed")
-        if changed:
-            say(f"resumed with changed flags: {', '.join(changed)}")
-
-    def set_aside(self) -> None:
-        """Move a run that cannot be resumed out of the way: nothing of it is lost."""
-        old = [path for path in self.path.iterdir() if not path.name.startswith("lost-")]
-        lost = self.path / f"lost-{len(list(self.path.glob('lost-*'))) + 1}"
-        lost.mkdir()
-        for path in old:
-            path.rename(lost / path.name)
-        say(f"no checkpoint to resume from: what was there is in {lost}, and step 0 comes next")
-
-    def asked_to_stop(self) -> bool:
-        """Tell all ranks whether there is a file RUN/stop; it is removed."""
-        stop = self.path / "stop"
-        there = rollout.gather([rollout.rank() == 0 and stop.exists()])[0]
-        if there and rollout.rank() == 0:
-            stop.unlink()
-            say(f"stopped by {stop}; go on with --resume auto --output_dir {self.path}")
-        return there
-
-    def where(self) -> str:
-        """Return where an interrupted run stands."""
-        saved = f"checkpoint at step {self.saved}" if self.saved else "no checkpoint yet"
-        return (f"interrupted at step {self.step if self.step is not None else 0}; {saved}; go on "
-                f"with --resume auto --output_dir {self.path}")
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    def agree(self) -> None:
-        """Take rank 0's path on all ranks: its name may hold the clock, which each rank read."""
-        self.path = rollout.gather([self.path])[0]
-
-    def open(self, start: int) -> None:
-        """Make the folder. Where it holds a run, drop the lines of `start` and later steps: they
-        will be written again."""
-        self.opened = time.time()
-        self.saved = start or None
-        if rollout.rank() != 0:
-            return
-        if start == 0 and (self.path / "metrics.jsonl").exists():
-            self.set_aside()
-        about = self.settings | dict(output_dir=str(self.path), environment=environment())
-        config = self.path / "config.json"
-        if config.exists() and self.changed:
-            older = len(list(self.path.glob("config.*.json")))
-            shutil.copyfile(config, self.path / f"config.{older + 1}.json")
-        replace_file(config, json.dumps(about, indent=1) + "\n")
-        say(f"the run is in {self.path}; to end it after a step with a checkpoint: touch "
-            f"{self.path / 'stop'}")
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
-            keep_records(self.path / name, start)
-
-    def append(self, name: str, record: dict) -> None:
-        if rollout.rank() == 0:
-            append_records(self.path / name, [record])
-
-    def log_step(self, metrics: dict) -> None:
-        """Append the step's metrics and its speed; print a line at most every two seconds."""
-        total = sum(value for name, value in metrics.items() if name.startswith("seconds_"))
-        metrics |= dict(tokens_per_second=metrics["rollout_tokens"] / total, seconds=total)
-        self.append("metrics.jsonl", metrics)
-        self.step = metrics["step"]
-        if time.time() - self.printed >= 2:
-            if self.lines == 0:
-                say("(a line at most every two seconds; metrics.jsonl has every step)")
-            if self.lines % 20 == 0:
-                say(f"{'step':>6}" + "".join(f"{describe(name)[0]:>10}" for name in CONSOLE))
-            cells = [f"{'-':>10}" if metrics.get(name) is None else f"{metrics[name]:>10{form}}"
-                     for name, form in CONSOLE.items()]
-            say(f"{metrics['step']:6d}" + "".join(cells))
-            self.printed, self.lines = time.time(), self.lines + 1
-
-    def log_eval(self, step: int, metrics: dict) -> None:
-        """Append an evaluation's metrics, with eval_ before their names; print a line."""
-        named = {f"eval_{name}": value for name, value in metrics.items()}
-        self.append("metrics.jsonl", dict(step=step, **named))
-        say(f"{step:6d}  held-out accuracy {metrics['accuracy']:.3f} "
-            f"+- {metrics['accuracy_stderr']:.3f}, length {metrics['length']:.1f}")
-
-    def log_rollouts(self, step: int, groups: list[list[Sample]], count: int) -> None:
-        """Append the first response of `count` of the step's groups, as text."""
-        for s in [group[0] for group in groups[:count]]:
-            problem, grade = s.prompt.problem, s.grade
-            answer = None if problem.kind == "code" else problem.reference
-            self.append("rollouts.jsonl", dict(
-                step=step, id=problem.id, kind=problem.kind, problem=problem.text, answer=answer,
-                **problem.options, response=s.text, extracted=grade.extracted,
-                correct=grade.correct, status=grade.status, reward=s.reward, length=len(s.ids),
-                finish_reason=s.finish_reason))
-
-    def finish(self) -> None:
-        """Draw the curves; print and write the before/after table."""
-        if rollout.rank() == 0:
-            plot_runs([self.path], self.path / "curves.png")
-            table = before_after(self.path / "metrics.jsonl")
-            replace_file(self.path / "summary.md", table + "\n")
-            say(f"\n{table}\n\ntrained for {time.time() - self.opened:.0f} s; everything is in "
-                f"{self.path}/ (curves.png is the picture)")
-
-
-def show_example(sample: Sample, tokenizer) -> None:
-    """Print one response with its mask, to see the template and where the loss applies."""
-    ids, grade, reference = sample.ids.tolist(), sample.grade, sample.prompt.problem.reference
-    say(f"--- one example: {len(sample.prompt.ids)} prompt tokens (mask 0), {len(ids)} response "
-        f"tokens (mask 1), finish reason {sample.finish_reason}\n"
-        f"[0] {tokenizer.decode(sample.prompt.ids)!r}\n[1] {tokenizer.decode(ids)!r}\n"
-        f"    extracted {grade.extracted!r}, reference {str(reference)[:200]!r}: "
-        f"{'correct' if grade.correct else 'incorrect'} ({grade.status})\n---")
 
 
 # ---- tables -------------------------------------------------------------------------------------
@@ -835,7 +682,7 @@ def check_args(args: argparse.Namespace) -> dict[str, Benchmark]:
 def run(args: argparse.Namespace) -> None:
     """Evaluate every benchmark on one engine; print the tables, write --out."""
     benches = check_args(args)
-    tokenizer, config = rollout.load_tokenizer(args.model, 1, args.max_response_length)
+    tokenizer, config = rollout.load_tokenizer(args.model, 0, args.max_response_length)
     args.max_response_length = args.max_response_length or 8192
     prompts = {}
     for name, bench in benches.items():
@@ -884,9 +731,12 @@ def main(argv: list[str] | None = None) -> None:
         if command not in ("compare", "plot", "glossary"):
             return run(parse_args(argv))
         parser = argparse.ArgumentParser(f"eval.py {command}")
-        parser.add_argument("names", nargs="*" if command == "glossary" else "+",
-                            help="folders of --out to compare, of runs to plot; or metrics")
-        parser.add_argument("--out", default="curves.png", help="of plot: the picture")
+        if command == "glossary":
+            parser.add_argument("names", nargs="*", help="metrics, all if none is named")
+        else:
+            parser.add_argument("names", nargs="+", help="folders of --out, or of runs to plot")
+        if command == "plot":
+            parser.add_argument("--out", default="curves.png", help="the picture")
         args = parser.parse_args(argv[1:])
         if command == "plot":
             print(plot_runs(list(map(Path, args.names)), Path(args.out)))

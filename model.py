@@ -5,18 +5,14 @@ Shapes: B responses, T response tokens, N packed tokens (prompts and responses, 
 once), M tokens of whole sequences, R response tokens, H hidden size, V vocabulary.
 """
 
-import json
-import os
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from rollout import Sample, rank, say, world_size
+from rollout import Sample, gather, world_size
 from verify import UsageError
 
 # ---- token log-probabilities --------------------------------------------------------------------
@@ -143,6 +139,45 @@ def collate(samples: list[Sample], device: str, kernel: str) -> dict:
     return batch | dict(attention=attention_layout(index, first, bounds, kernel, device))
 
 
+def deal(samples: list[Sample], ranks: int) -> list[list[Sample]]:
+    """Balance the samples' tokens over the ranks, longest first to the least loaded."""
+    shares: list[list[Sample]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for sample in sorted(samples, key=lambda sample: packed_length([sample]), reverse=True):
+        least = loads.index(min(loads))
+        shares[least].append(sample)
+        loads[least] += packed_length([sample])
+    return shares
+
+
+def packed_length(samples: list[Sample]) -> int:
+    """Return the tokens of a batch of these samples, where a prompt that several share is once."""
+    prompts = {id(sample.prompt): len(sample.prompt.ids) for sample in samples}
+    return sum(prompts.values()) + sum(len(sample.ids) for sample in samples)
+
+
+def pack(samples: list[Sample], token_budget: int) -> list[list[Sample]]:
+    """Fill bins of at most token_budget tokens, first-fit decreasing (a longer one has its own).
+    Samples of one group that fit into a bin stay together and share their prompt."""
+    groups: dict[int, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(id(sample.prompt), []).append(sample)
+    items = []
+    for group in groups.values():
+        whole = packed_length(group) <= token_budget
+        items += [group] if whole else [[sample] for sample in group]
+    bins, free = [], []  # and the room in each
+    for item in sorted(items, key=packed_length, reverse=True):
+        size = packed_length(item)
+        i = next((i for i, room in enumerate(free) if room >= size), len(bins))
+        if i == len(bins):
+            bins.append([])
+            free.append(token_budget)
+        bins[i] += item
+        free[i] -= size
+    return bins
+
+
 def attention_layout(
     index: np.ndarray, first: np.ndarray, bounds: np.ndarray, kernel: str, device: str
 ) -> dict:
@@ -234,7 +269,33 @@ class Policy(nn.Module):
         weight = self.model.get_output_embeddings().weight.to(hidden.dtype)
         outputs = TokenLogprobs.apply(hidden, weight, batch["targets"], *self.head)
         blank = torch.zeros(batch["mask"].numel(), device=hidden.device)
-        return [blank.scatter(0, batch["places"], x).view_as(batch["mask"]) for x in outputs]
+        padded = [blank.scatter(0, batch["places"], x).view_as(batch["mask"]) for x in outputs]
+        return [x.clone() for x in padded]  # FSDP warns of views
+
+
+def check_agreement(policy, mini_batches: list[list[dict]], limit: float) -> None:
+    """Stop a run in which vLLM and the trainer are not the same model, whatever the reason, or in
+    which the policy does not repeat itself; looks at the first micro-batch of each rank."""
+    for batch in sum(mini_batches, [])[:1]:
+        with torch.no_grad():
+            logprobs = policy(batch)[0]
+        mask, old = batch["mask"], batch.get("old_logprobs", logprobs)
+        known = mask & batch["rollout_logprobs"].isfinite()
+        gap = (logprobs - batch["rollout_logprobs"]).abs().where(known, 0.0).sum()
+        moved = ((logprobs - old).abs() * mask).max().expm1()
+        gaps, tokens, moves = zip(*gather([(gap.item(), known.sum().item(), moved.item())]),
+                                  strict=True)
+        mismatch = sum(gaps) / max(sum(tokens), 1)
+        if not mismatch <= limit:
+            raise UsageError(
+                f"vLLM and the trainer disagree about the same tokens: mismatch_mean {mismatch:.2g}"
+                f" where {limit:g} is usual. Causes: a model whose logits are scaled, or whose "
+                "attention has a window; a weight that does not reach vLLM; see README, models")
+        if not all(move <= 1e-3 for move in moves):
+            raise UsageError(
+                f"the trainer does not repeat itself: ratio_max_deviation {max(moves):.2g} "
+                "without an update in between, where 1e-5 is usual. Causes: dropout, a model with "
+                "a state of its own")
 
 
 def load_model(path: str, device: str, kernel: str, checkpointing: bool = False) -> nn.Module:
@@ -286,71 +347,3 @@ def full_weights(model: nn.Module, dtype=None) -> Iterator[tuple[str, torch.Tens
         tensor = parameter.detach()
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         yield name, tensor.to(dtype or tensor.dtype)
-
-
-# ---- checkpoints --------------------------------------------------------------------------------
-
-
-class Checkpoints:
-    """The folders step_N of a run. Each is a save_pretrained folder with weights of `dtype`; in
-    the newest, resume/ is what training goes on from: float32 weights, optimiser state and data
-    cursor, sharded over the ranks, loaded by any number. All ranks make the same calls."""
-
-    def __init__(self, folder: Path, policy, model, optimizer, tokenizer, dtype: torch.dtype):
-        self.folder, self.policy, self.optimizer = folder, policy, optimizer
-        self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
-
-    def save(self, step: int, cursor: int) -> int:
-        """Write step_N under another name and rename it when it is complete; then delete resume/
-        of older checkpoints. Returns the step."""
-        import torch.distributed.checkpoint as dcp
-
-        final, partial = self.folder / f"step_{step}", self.folder / f".step_{step}.partial"
-        if rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        weights = {}
-        for name, tensor in full_weights(self.model, self.dtype):
-            if rank() == 0:
-                weights[name] = tensor.cpu()
-        if rank() == 0:
-            self.model.config.dtype = self.dtype
-            self.model.save_pretrained(partial, state_dict=weights)
-            self.tokenizer.save_pretrained(partial)
-        del weights
-        dcp.save(self.training_state(), checkpoint_id=partial / "resume")
-        if rank() == 0:
-            (partial / "resume/step.json").write_text(json.dumps(dict(step=step, cursor=cursor)))
-            os.sync()
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            for other in self.folder.glob("step_*"):
-                if other != final:
-                    shutil.rmtree(other / "resume", ignore_errors=True)
-        dist.barrier()
-        return step
-
-    def resume(self) -> tuple[int, int]:
-        """Restore weights and optimiser from the newest checkpoint; return (step, data cursor),
-        (0, 0) where there is none."""
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.state_dict import set_state_dict
-
-        found = [path.parent for path in self.folder.glob("step_*/resume/step.json")]
-        if not found:
-            return 0, 0
-        newest = max(found, key=lambda path: int(path.parent.name.partition("_")[2]))
-        say(f"going on from {newest.parent}")
-        state = self.training_state()
-        dcp.load(state, checkpoint_id=newest)
-        set_state_dict(self.policy, self.optimizer, model_state_dict=state["model"],
-                       optim_state_dict=state["optimizer"])
-        at = json.loads((newest / "step.json").read_text())
-        return at["step"], at["cursor"]
-
-    def training_state(self) -> dict:
-        from torch.distributed.checkpoint.state_dict import get_state_dict
-
-        model_state, optimizer_state = get_state_dict(self.policy, self.optimizer)
-        return {"model": model_state, "optimizer": optimizer_state}

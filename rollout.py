@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import hashlib
 import importlib
+import logging
 import math
 import os
 import socket
@@ -42,6 +43,7 @@ INSTRUCTIONS = {  # what follows a problem of each kind, in the words that its g
 
 def init_distributed() -> str:
     """Join torchrun's process group, or be a group of one; return this rank's device."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # see a3po.py
     import torch
     import torch.distributed as dist
 
@@ -140,7 +142,7 @@ class Prompt:
 
 def load_tokenizer(model: str, max_prompt_length: int, max_response_length: int):
     """Return (tokenizer, model config), refusing a model that does not exist or whose context is
-    too short, before any weights load. max_response_length 0 means: whatever fits."""
+    too short, before any weights load. A length of 0 means: whatever fits."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -151,12 +153,13 @@ def load_tokenizer(model: str, max_prompt_length: int, max_response_length: int)
             f"model {model!r}: neither a save_pretrained folder nor a hub model that loads "
             f"({str(error).splitlines()[0][:160]})"
         ) from None
-    wanted, context = max_prompt_length + max_response_length, config.max_position_embeddings
+    wanted, context = (max_prompt_length or 1) + max_response_length, config.max_position_embeddings
     if wanted > context:
+        prompt = f"--max_prompt_length {max_prompt_length}" if max_prompt_length else "a prompt"
         raise UsageError(
-            f"--max_prompt_length {max_prompt_length} + --max_response_length "
-            f"{max_response_length} = {wanted} tokens exceed the context of {model}, {context}: "
-            "lower them, or extend the context in the model's config.json (RoPE scaling)"
+            f"{prompt} + --max_response_length {max_response_length} = {wanted} tokens exceed the "
+            f"context of {model}, {context}: lower what is too long, or extend the context in the "
+            "model's config.json (RoPE scaling)"
         )
     return tokenizer, config
 
@@ -310,6 +313,7 @@ class Engine:
         # needs that, and weights then reach it without a copy through another process.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # while it is imported
         warnings.filterwarnings("ignore", module="vllm|torch.distributed", category=FutureWarning)
         if self.cpu:
             os.environ["TORCHDYNAMO_DISABLE"] = "1"  # else 15 s of compilation at the first call

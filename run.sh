@@ -91,6 +91,8 @@ case $command in
     [ "$n" -gt 0 ] || { echo "error: no NVIDIA GPU found; try bash run.sh demo" >&2; exit 2; }
     install
     say "A3PO in the paper's setting on ${n} GPU(s)"
+    # A mistake is found here in one process: under torchrun its sentence drowns in reports
+    WORLD_SIZE=$n "$VENV/bin/python" a3po.py --setting paper --check "$@"
     "$VENV/bin/torchrun" --standalone --nproc_per_node "$n" a3po.py --setting paper "$@"
     ;;
   eval)

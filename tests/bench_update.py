@@ -29,7 +29,7 @@ import torch  # noqa: E402
 
 import a3po  # noqa: E402
 import rollout  # noqa: E402
-from model import TokenLogprobs, collate, full_weights  # noqa: E402
+from model import TokenLogprobs, collate, deal, full_weights, pack, packed_length  # noqa: E402
 from rollout import Prompt, Sample  # noqa: E402
 from verify import Grade  # noqa: E402
 
@@ -129,15 +129,15 @@ def bench_batching(ranks: int = 8, budget: int = 32768) -> None:
     rng = np.random.default_rng(0)
     spread, padding = [], []
     for _ in range(16):  # the mini-batches of one step: 256 rollouts over 8 ranks
-        shares = a3po.deal(log_normal_samples(256, rng), ranks)
-        loads = [sum(a3po.packed_length([sample]) for sample in share) for share in shares]
+        shares = deal(log_normal_samples(256, rng), ranks)
+        loads = [sum(packed_length([sample]) for sample in share) for share in shares]
         spread.append(max(loads) / np.mean(loads) - 1)
-        bins = [chosen for share in shares for chosen in a3po.pack(share, budget)]
-        used = sum(map(a3po.packed_length, bins))
+        bins = [chosen for share in shares for chosen in pack(share, budget)]
+        used = sum(map(packed_length, bins))
         packed = sum(len(collate(chosen, "cpu", "varlen")["ids"]) for chosen in bins)
         padding.append(1 - used / packed)
-    bins = a3po.pack(log_normal_samples(512, rng), budget)  # one rank's share of a larger batch
-    unused = 1 - sum(map(a3po.packed_length, bins)) / (len(bins) * budget)
+    bins = pack(log_normal_samples(512, rng), budget)  # one rank's share of a larger batch
+    unused = 1 - sum(map(packed_length, bins)) / (len(bins) * budget)
     print(f"batching, log-normal lengths (mean 4k, cap 16k), {ranks} ranks, {budget}-token bins\n"
           f"  padding {np.mean(padding):.2%} (bar 1 %);  unused budget {unused:.2%} (bar "
           f"3 %);  imbalance of a mini-batch {np.median(spread):.3%} (bar 0.5 %)")
@@ -211,11 +211,11 @@ def bench_gpu(rounds: int, size: dict = QWEN3_1_7B, responses: int = 64, mean: i
 
     step()
     seconds = median_times({"update": step}, rounds)["update"]
-    bins = a3po.pack(samples, config.micro_batch_tokens)
-    tokens = sum(map(a3po.packed_length, bins))
+    bins = pack(samples, config.micro_batch_tokens)
+    tokens = sum(map(packed_length, bins))
     body = sum(p.numel() for p in model.parameters())  # the embedding is the head, too
     # 6 FLOPs a parameter and token, and attention's two products over a causal half
-    attention = sum(a3po.packed_length([s]) ** 2 for s in samples) * 6 * size["num_hidden_layers"]
+    attention = sum(packed_length([s]) ** 2 for s in samples) * 6 * size["num_hidden_layers"]
     attention *= size["num_attention_heads"] * size["head_dim"]
     flops = 6 * tokens * body + attention
     memory = torch.cuda.max_memory_allocated() / 2**30 if GPU else math.nan

@@ -24,6 +24,7 @@ from conftest import ROOT, run
 import eval as evaluation
 import rollout
 import verify
+from folder import RunFolder, show_example
 from rollout import Problem, Prompt, Sample
 from verify import Grade, Graders, UsageError
 
@@ -543,7 +544,7 @@ def settings(path, **changes):
 
 def test_a_run_names_its_folder_and_writes_over_no_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = evaluation.RunFolder(settings(""))
+    folder = RunFolder(settings(""))
     assert re.fullmatch(r"runs/demo-a3po-seed3-\d{4}-\d{6}", str(folder.path))
     assert folder.checkpoints == folder.path / "checkpoints" and not list(tmp_path.iterdir())
     folder.open(0)
@@ -551,12 +552,12 @@ def test_a_run_names_its_folder_and_writes_over_no_other(tmp_path, monkeypatch):
     assert config.pop("environment").keys() >= {"commit", "torch", "python", "command"}
     assert config == settings(folder.path)
     with pytest.raises(UsageError) as error:  # a run that was killed early is one too
-        evaluation.RunFolder(settings(folder.path))
+        RunFolder(settings(folder.path))
     assert str(error.value) == (f"--output_dir {folder.path} holds a run already: go on with it "
                                 "(--resume auto) or give another folder")
-    assert evaluation.RunFolder(settings(folder.path, resume="auto")).path == folder.path
+    assert RunFolder(settings(folder.path, resume="auto")).path == folder.path
     with pytest.raises(UsageError, match="^--output_dir .*config.json: not a folder$"):
-        evaluation.RunFolder(settings(folder.path / "config.json", resume="auto"))
+        RunFolder(settings(folder.path / "config.json", resume="auto"))
 
 
 def made_groups():
@@ -583,8 +584,8 @@ def log(folder, steps, evaluate_at=()):
 
 def test_a_run_folder_and_its_console(tmp_path, capsys, monkeypatch):
     clock = itertools.count(1000.0)  # a second from each look at it to the next
-    monkeypatch.setattr(evaluation.time, "time", lambda: next(clock))
-    folder = evaluation.RunFolder(settings(tmp_path / "run"))
+    monkeypatch.setattr("folder.time.time", lambda: next(clock))
+    folder = RunFolder(settings(tmp_path / "run"))
     folder.open(0)
     log(folder, range(60), [0, 20])
     folder.log_eval(60, evaluation.summarize("math", [records([1, 1])]))
@@ -592,7 +593,7 @@ def test_a_run_folder_and_its_console(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     console = [line for line in out.splitlines() if line[:1] == " "]
     assert console[0] == "     0  held-out accuracy 0.500 +- 0.000, length 10.0"
-    heading = ("  step    reward   entropy    length       rho ratio max  mismatch      dead"
+    heading = ("  step    reward   entropy    length       rho |ratio-1|  mismatch      dead"
                " grad norm  tokens/s   seconds")
     table = [line for line in console if "held-out" not in line]
     assert 22 < len(table) < 60  # not every step
@@ -641,35 +642,35 @@ def test_samples_can_be_graded_again_as_they_are(whole):
 def test_what_cannot_be_resumed_is_kept(tmp_path, capsys):
     again = settings(tmp_path / "run", resume="auto")
     for lost in (1, 2):
-        folder = evaluation.RunFolder(again)
+        folder = RunFolder(again)
         folder.open(0)
         log(folder, range(lost))
         assert len(lines(folder.path / "metrics.jsonl")) == lost
     assert len(lines(tmp_path / "run/lost-1/metrics.jsonl")) == 1
     assert (tmp_path / "run/lost-1/config.json").exists()
     assert "lost-1" in capsys.readouterr().out
-    evaluation.RunFolder(again).open(0)
+    RunFolder(again).open(0)
     assert len(lines(tmp_path / "run/lost-2/metrics.jsonl")) == 2
 
 
 def test_changed_flags_are_said_and_refused(tmp_path, capsys):
-    folder = evaluation.RunFolder(settings(tmp_path / "run", lr=1.0, steps=5))
+    folder = RunFolder(settings(tmp_path / "run", lr=1.0, steps=5))
     folder.open(0)
     log(folder, range(2))
     again = settings(tmp_path / "run", resume="auto", lr=2.0, steps=9)
     with pytest.raises(UsageError, match="--lr 1.0 -> 2.0; .*--resume_changed"):
-        evaluation.RunFolder(again)
-    folder = evaluation.RunFolder(again | dict(resume_changed=True))
+        RunFolder(again)
+    folder = RunFolder(again | dict(resume_changed=True))
     folder.open(2)
     assert "--lr 1.0 -> 2.0" in capsys.readouterr().out
     paths = [tmp_path / "run" / name for name in ("config.1.json", "config.json")]
     old, new = (json.loads(path.read_text()) for path in paths)
     assert (old["lr"], new["lr"]) == (1.0, 2.0)
-    evaluation.RunFolder(settings(tmp_path / "run", resume="auto", lr=2.0, steps=11))
+    RunFolder(settings(tmp_path / "run", resume="auto", lr=2.0, steps=11))
 
 
 def test_a_file_stops_a_run_and_an_interrupt_says_how_to_go_on(tmp_path, capsys):
-    folder = evaluation.RunFolder(settings(tmp_path / "run"))
+    folder = RunFolder(settings(tmp_path / "run"))
     folder.open(0)
     assert "touch" in capsys.readouterr().out and not folder.asked_to_stop()
     (folder.path / "stop").touch()
@@ -682,7 +683,7 @@ def test_a_file_stops_a_run_and_an_interrupt_says_how_to_go_on(tmp_path, capsys)
 
 
 def test_going_on_drops_what_will_be_written_again(tmp_path, capsys):
-    whole, cut = (evaluation.RunFolder(settings(tmp_path / name)) for name in ("whole", "cut"))
+    whole, cut = (RunFolder(settings(tmp_path / name)) for name in ("whole", "cut"))
     whole.open(0)
     cut.open(0)
     log(whole, range(6), [0, 3, 5])
@@ -690,7 +691,7 @@ def test_going_on_drops_what_will_be_written_again(tmp_path, capsys):
     for name in ("metrics.jsonl", "rollouts.jsonl"):  # by a kill
         with (cut.path / name).open("a") as file:
             file.write('{"step": 5, "rew')
-    again = evaluation.RunFolder(settings(cut.path, resume="auto"))
+    again = RunFolder(settings(cut.path, resume="auto"))
     again.open(3)
     once = [(cut.path / name).read_text() for name in ("metrics.jsonl", "rollouts.jsonl")]
     again.open(3)  # opened twice it is the same
@@ -707,7 +708,7 @@ def test_going_on_drops_what_will_be_written_again(tmp_path, capsys):
 
 
 def test_a_kill_while_a_run_is_reopened_loses_nothing(tmp_path, monkeypatch):
-    folder = evaluation.RunFolder(settings(tmp_path))
+    folder = RunFolder(settings(tmp_path))
     folder.open(0)
     log(folder, range(6))
     before = (tmp_path / "metrics.jsonl").read_text()
@@ -730,8 +731,8 @@ def test_a_kill_while_a_run_is_reopened_loses_nothing(tmp_path, monkeypatch):
 def test_other_ranks_take_rank_0s_folder_and_write_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(rollout, "gather", lambda paths: [Path("runs/of-rank-0"), *paths])
-    folder = evaluation.RunFolder(settings(""))
+    monkeypatch.setattr("folder.gather", lambda paths: [Path("runs/of-rank-0"), *paths])
+    folder = RunFolder(settings(""))
     folder.agree()
     assert folder.checkpoints == Path("runs/of-rank-0/checkpoints")
     folder.open(0)
@@ -746,13 +747,13 @@ def test_the_example_shows_where_the_loss_applies(capsys):
         def decode(self, ids):
             return "".join("abcdefghi"[i] for i in ids)
 
-    evaluation.show_example(made_groups()[0][0], Letters())
+    show_example(made_groups()[0][0], Letters())
     out = capsys.readouterr().out
     assert "2 prompt tokens (mask 0), 3 response tokens (mask 1), finish reason stop" in out
     assert "[0] 'hi'\n[1] 'abc'\n    extracted '1', reference '1': correct (ok)\n" in out
     tests = dict(public_test_cases=[], private_test_cases="x" * 10**6)  # too much for a console
     prompt = Prompt(Problem("1", "", tests, "code"), [])
-    evaluation.show_example(dataclasses.replace(made_groups()[0][0], prompt=prompt), Letters())
+    show_example(dataclasses.replace(made_groups()[0][0], prompt=prompt), Letters())
     assert len(capsys.readouterr().out) < 1000
 
 

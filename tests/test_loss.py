@@ -10,6 +10,7 @@ from conftest import ROOT
 from torch._subclasses import FakeTensorMode
 
 import a3po
+from config import LOSS_AGGS
 
 
 def random_batch(seed: int, ties: bool = False):
@@ -116,7 +117,7 @@ def test_the_loss_needs_no_value_on_the_host():
         shaped = a3po.shape_advantages(advantages, correct, old, mask, entropy=old.abs(),
                                        rho_positive=2.0, rho_negative=3.0,
                                        negative_cell="low_entropy")
-        for agg in a3po.LOSS_AGGS:
+        for agg in LOSS_AGGS:
             loss, stats = a3po.policy_loss(
                 logprobs.requires_grad_(), old, shaped, mask, dual_clip=3.0, rollout_logprobs=old,
                 ref_logprobs=old, kl_coef=0.1, kl_mask=mask, loss_agg=agg,
@@ -217,7 +218,7 @@ def slow_loss(lengths, new, old, advantages, rollout, ref, c, agg, max_length):
     return sum(sum(row) / max_length for row in rows) / len(rows)
 
 
-@pytest.mark.parametrize("agg", a3po.LOSS_AGGS)
+@pytest.mark.parametrize("agg", LOSS_AGGS)
 @pytest.mark.parametrize("dual_clip, tis, kl", [(0.0, False, 0.0), (1.2, True, 0.1)])
 def test_policy_loss_equals_the_loop(agg, dual_clip, tis, kl):
     for seed in range(10):
@@ -234,7 +235,7 @@ def test_policy_loss_equals_the_loop(agg, dual_clip, tis, kl):
         assert loss.item() == pytest.approx(slow_loss(lengths, *rows, c, agg, 50), rel=1e-5)
 
 
-@pytest.mark.parametrize("agg", a3po.LOSS_AGGS)
+@pytest.mark.parametrize("agg", LOSS_AGGS)
 def test_parts_with_the_global_denominator_add_up(agg):
     _, mask, old, new, advantages, _ = random_batch(1)
     whole, _ = a3po.policy_loss(new, old, advantages, mask, loss_agg=agg, max_length=50)

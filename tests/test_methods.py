@@ -11,6 +11,7 @@ from gradient_worker import Recorder, fixed_samples, one_mini_batch
 from transformers import AutoModelForCausalLM
 
 import a3po
+from config import CELLS, LOSS_AGGS, PRESETS
 from verify import Grade
 
 G = 5  # the ten fixed samples are two groups
@@ -128,7 +129,7 @@ def slow_loss(preset: str, slow: list[dict], step: int = 0) -> float:
     return rows_sum / len(slow) if grpo_like else total / weight_sum
 
 
-@pytest.mark.parametrize("preset", a3po.PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_preset_equals_its_formula(situation, preset):
     for step in (0, 30, 90):
         loss, gradient = loss_of(situation, f"--preset={preset}", step=step)
@@ -161,7 +162,7 @@ def test_without_or_after_the_shaping_a3po_is_dapo(situation):
     assert not torch.equal(loss_of(situation, "--preset=a3po", step=66)[1], dapo)
 
 
-@pytest.mark.parametrize("cell", a3po.CELLS)
+@pytest.mark.parametrize("cell", CELLS)
 def test_cells_choose_what_they_say(cell):
     generator = torch.Generator().manual_seed(0)
     logprobs, entropy = -torch.rand(2, 10, generator=generator), torch.rand(2, 10)
@@ -189,7 +190,7 @@ def test_methods_make_equally_many_updates(tiny_model):
     assert counts == [2, 2, 2, 2]
 
 
-@pytest.mark.parametrize("agg", a3po.LOSS_AGGS)
+@pytest.mark.parametrize("agg", LOSS_AGGS)
 def test_dead_groups_have_no_gradient_but_count_in_the_mean(situation, agg):
     """A group with equal rewards has advantage 0; without dynamic sampling its tokens (or
     responses) stay in the denominator, as in GRPO."""

@@ -16,6 +16,7 @@ from conftest import ROOT, run
 import a3po
 import eval as evaluation
 import verify
+from config import PRESETS, RANGES
 from rollout import Problem, Prompt, Sample
 from verify import UsageError
 
@@ -65,7 +66,7 @@ def test_the_run_folder_is_complete(whole_run):
     saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert saved == ["step_2", "step_4", "step_6"]
     resumable = [path.parent.name for path in (folder / "checkpoints").glob("*/resume")]
-    assert resumable == ["step_6"]
+    assert sorted(resumable) == ["step_4", "step_6"]  # small: two to go back to
 
 
 def test_one_seed_gives_one_result_and_a_killed_run_resumes(whole_run, tmp_path):
@@ -128,12 +129,36 @@ def test_ranks_with_different_clocks_share_one_run_folder(tmp_path, monkeypatch)
 
 def test_presets_are_sets_of_fields():
     names = {field.name for field in dataclasses.fields(a3po.Config)}
-    for name, (text, fields) in a3po.PRESETS.items():
+    for name, (text, fields) in PRESETS.items():
         assert text and not set(fields) - names, name
         config = a3po.parse_args([f"--preset={name}", "--setting=paper"])
         assert all(getattr(config, key) == value for key, value in fields.items())
     assert a3po.parse_args(["--preset=dapo", "--rho_positive=3"]).rho_positive == 3
     assert a3po.parse_args(["--setting=paper"]).prompts_per_step == 512
+
+
+@pytest.mark.parametrize("setting, lr", [("demo", 0.00015), ("paper", 1e-06)])
+def test_help_has_groups_choices_and_the_defaults_of_the_setting(setting, lr, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        a3po.main([f"--setting={setting}", "--preset=grpo", "--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and f"--setting {setting} --preset grpo" in out
+    assert f"AdamW learning rate [P] (default: {lr})" in out
+    assert "(default: 0.001)" in out and "--decay linear|exp|none" in out  # grpo's --kl_coef
+    headings = [line[:-1] for line in out.splitlines() if line[:1] not in (" ", "") and ":" in line]
+    assert {"what to run", "batch", "loss", "optimiser", "presets"} <= {*headings}
+    assert "[C] its authors' code" in out and all(f"  {name} " in out for name in PRESETS)
+
+
+def test_the_demos_values_are_not_kept_in_silence(capsys):
+    a3po.announce(a3po.parse_args(["--setting=demo"]))
+    assert "NOTE" not in capsys.readouterr().out
+    own = ["--setting=demo", "--data=mine.jsonl", "--max_response_length=512"]
+    a3po.announce(a3po.parse_args(own))
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert "NOTE" in said and "--max_prompt_length 64" in said and "--eval_data" in said
+    assert "--max_response_length" not in said
 
 
 @pytest.mark.slow
@@ -236,11 +261,11 @@ def test_training_on_nothing_is_said():
 
 
 def test_every_number_has_a_range_that_holds_the_presets():
-    numbers = {f.name for f in dataclasses.fields(a3po.Config) if f.type in (int, float)}
-    named = " ".join(a3po.RANGES.values()).split()
+    numbers = {f.name for f in dataclasses.fields(a3po.Config) if type(f.default) in (int, float)}
+    named = " ".join(RANGES.values()).split()
     assert set(named) == numbers and len(named) == len(numbers)
     for setting in a3po.SETTINGS:
-        for preset in a3po.PRESETS:
+        for preset in PRESETS:
             a3po.check_config(a3po.parse_args([f"--setting={setting}", f"--preset={preset}"]))
 
 

@@ -250,11 +250,11 @@ def test_a_non_finite_gradient_is_skipped_and_counted(tiny_model):
 def test_bins_keep_every_sample_within_the_budget():
     samples = fixed_samples()
     for budget in (1, 30, 60, 100, 10_000):
-        bins = a3po.pack(samples, budget)
+        bins = policy_model.pack(samples, budget)
         assert sorted(id(s) for chosen in bins for s in chosen) == sorted(map(id, samples))
         for chosen in bins:
             ids = policy_model.collate(chosen, "cpu", "grids")["ids"]
-            assert len(ids) == a3po.packed_length(chosen)
+            assert len(ids) == policy_model.packed_length(chosen)
             assert len(ids) <= budget or len(chosen) == 1
 
 
@@ -262,7 +262,7 @@ def test_a_group_shares_its_prompt_where_it_fits():
     samples = fixed_samples()
     prompts = {id(sample.prompt): len(sample.prompt.ids) for sample in samples}
     for budget in (80, 10_000):  # the largest group has 4 + 75 tokens
-        bins = a3po.pack(samples, budget)
+        bins = policy_model.pack(samples, budget)
         tokens = sum(len(policy_model.collate(chosen, "cpu", "grids")["ids"]) for chosen in bins)
         assert tokens == sum(prompts.values()) + sum(len(sample.ids) for sample in samples)
 
@@ -270,7 +270,7 @@ def test_a_group_shares_its_prompt_where_it_fits():
 def test_every_rank_gets_equally_many_micro_batches(monkeypatch):
     """Of each kind, with and without a gradient; and all samples once."""
     samples = fixed_samples()
-    shares = a3po.deal(samples, 3)
+    shares = policy_model.deal(samples, 3)
     assert sorted(id(s) for share in shares for s in share) == sorted(map(id, samples))
     config = a3po.parse_args(["--setting=demo", "--micro_batch_tokens=50", "--mini_batches=2"])
     monkeypatch.setattr(a3po, "world_size", lambda: 3)
@@ -292,7 +292,7 @@ def test_every_rank_gets_equally_many_micro_batches(monkeypatch):
 def test_an_empty_micro_batch_has_a_gradient_of_zeros(tiny_model):
     """Under FSDP and DDP its backward pass takes part in the collectives of all parameters."""
     config, policy, inner = build(tiny_model, "--kl_coef=0.1")
-    empty = policy_model.collate([a3po.NOTHING], "cpu", "grids") | dict(trained=True)
+    empty = policy_model.collate([a3po.nothing()], "cpu", "grids") | dict(trained=True)
     real = one_mini_batch(fixed_samples(), config)
     a3po.score(policy, policy, [[empty], *real], config)
     alone = gradient_of(config, policy, inner, real)

@@ -1,0 +1,240 @@
+"""Every knob of training with its default and source; the settings (job sizes), the presets
+(methods), the command line, and the values that are refused.
+
+Sources: [P] the paper, [C] its authors' code, [O] our reading where neither says.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from rollout import world_size
+from verify import UsageError
+
+KINDS = ("", "math", "choice", "code")
+CELLS = ("low_prob", "high_prob", "low_entropy", "high_entropy")
+LOSS_AGGS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+
+
+def opt(default, help: str, choices: tuple | None = None, group: str = ""):
+    """Describe a knob. group: the heading in --help of this one and those after it."""
+    return dataclasses.field(
+        default=default, metadata=dict(help=help, choices=choices, group=group))
+
+
+@dataclasses.dataclass
+class Config:
+    """Every knob. The defaults are the paper's setting for Qwen3-8B-Base."""
+
+    preset: str = opt("a3po", "the method: a set of the fields below; listed at the end",
+                      group="what to run")
+    setting: str = opt("auto", "size of the job: paper, demo, or auto = paper on a GPU, else demo",
+                       ("auto", "paper", "demo"))
+    model: str = opt("Qwen/Qwen3-8B-Base", "hub name or save_pretrained folder [P]")
+    data: str = opt("BytedTsinghua-SIA/DAPO-Math-17k", ".jsonl, .parquet, .csv or hub data set [P]")
+    kind: str = opt("", "what all rows of --data are, else each row's own 'kind', or math",
+                    KINDS)
+    eval_data: str = opt("math-ai/aime24,math-ai/aime25", "held-out data, comma separated [C]")
+    eval_kind: str = opt("", "what all rows of --eval_data are", KINDS)
+    unsafe_code: bool = opt(False, "run programs also where they could change your files")
+    output_dir: str = opt("", "run folder; off: runs/SETTING-PRESET-seedN-TIME")
+    seed: int = opt(0, "seed of sampling and shuffling")
+    resume: str = opt("", "auto: go on from the newest checkpoint in --output_dir, if any",
+                      ("", "auto"))
+    resume_changed: bool = opt(False, "resume with flags that change the method or the data")
+    check: bool = opt(False, "check flags, data and model without training")
+
+    steps: int = opt(300, "training steps [P]", group="batch")
+    prompts_per_step: int = opt(512, "prompts a step, over all ranks [P]")
+    group_size: int = opt(8, "responses per prompt [C]")
+    mini_batches: int = opt(16, "optimiser updates a step [C]")
+    micro_batch_tokens: int = opt(16384, "tokens packed into one forward/backward on a rank")
+    dynamic_sampling: bool = opt(True, "drop all-correct and all-wrong groups, refill [DAPO]")
+    max_refills: int = opt(3, "most refills a step for dropped groups")
+
+    template: str = opt("auto", "auto (chat if the tokenizer has one), chat, plain, or a text "
+                        "with {problem}", group="rollouts")
+    max_prompt_length: int = opt(1024, "tokens; longer prompts are dropped [C]")
+    max_response_length: int = opt(8192, "tokens [C]")
+    temperature: float = opt(1.0, "sampling temperature, also of the trainer's log-probs [C]")
+    max_num_seqs: int = opt(256, "responses decoded at once by one engine")
+    gpu_memory: float = opt(0.6, "share of GPU memory for vLLM while the trainer is idle")
+
+    reward: str = opt("", "module:function(response, problem) instead of the built-in graders",
+                      group="advantages")
+    advantage: str = opt("group", "group: GRPO's; raw: +1 / -1 (2506.01347)", ("group", "raw"))
+    norm_std: bool = opt(True, "divide by the group's standard deviation [C]")
+    overlong_buffer: int = opt(0, "soft length penalty over the last N tokens, 0 = off [DAPO]")
+    positive_weight: float = opt(1.0, "weight of correct responses [P]")
+    negative_weight: float = opt(1.0, "weight of incorrect responses [P]")
+    rho_positive: float = opt(2.0, "initial weight of the chosen tokens of correct responses [O]")
+    rho_negative: float = opt(2.0, "initial weight of the chosen tokens of incorrect ones [O]")
+    positive_cell: str = opt("low_prob", "tokens chosen in correct responses [P]", CELLS)
+    negative_cell: str = opt("high_prob", "tokens chosen in incorrect responses [P]", CELLS)
+    token_fraction: float = opt(0.2, "share of a response's tokens that are chosen [C]")
+    decay: str = opt("linear", "how rho falls to 1 [P: it decays; O: the form]",
+                     ("linear", "exp", "none"))
+    decay_rate: float = opt(0.005, "alpha, per step [P]")
+
+    clip_low: float = opt(0.2, "ratio clipped at 1 - clip_low [C]", group="loss")
+    clip_high: float = opt(0.28, "ratio clipped at 1 + clip_high [DAPO]")
+    dual_clip: float = opt(0.0, "bound on ratio * |A| for A < 0; 0 = off (verl uses 3)")
+    loss_agg: str = opt("token-mean", "how token losses are averaged [DAPO]", LOSS_AGGS)
+    kl_coef: float = opt(0.0, "weight of the k3 KL to the initial model, or to Lp-Reg's proxy")
+    proxy_kappa: float = opt(0.0, "Lp-Reg (2510.03222): proxy keeps tokens with p > kappa * max p")
+    proxy_delta: float = opt(0.01, "Lp-Reg: acts on the batch's tokens of lowest p, this share")
+    entropy_fraction: float = opt(1.0, "share of the batch's tokens, those of highest entropy, "
+                                  "that have a loss (2506.01939)")
+    tis_cap: float = opt(2.0, "cap of the vLLM -> trainer importance weight, 0 = off [O]")
+
+    lr: float = opt(1e-6, "AdamW learning rate [P]", group="optimiser")
+    warmup_steps: int = opt(0, "steps of linear learning-rate warm-up [C]")
+    adam_beta2: float = opt(0.999, "AdamW beta2 [C]")
+    weight_decay: float = opt(0.01, "AdamW weight decay [C]")
+    max_grad_norm: float = opt(1.0, "gradient clipping [C]")
+
+    parallel: str = opt("fsdp", "how ranks share the model", ("fsdp", "ddp"), "devices")
+    gradient_checkpointing: bool = opt(True, "recompute activations in the backward pass")
+    head_chunk: int = opt(1024, "tokens whose logits exist at one time")
+
+    eval_every: int = opt(20, "steps between evaluations, 0 = only before and after",
+                          group="evaluation, checkpoints, logs")
+    eval_n: int = opt(8, "responses per held-out problem [C]")
+    eval_limit: int = opt(0, "held-out problems, 0 = all")
+    eval_temperature: float = opt(0.6, "temperature of held-out samples [C]")
+    eval_top_p: float = opt(0.95, "top_p of held-out samples [C]")
+    save_every: int = opt(50, "steps between checkpoints, 0 = only after the last step")
+    keep_checkpoints: int = opt(0, "the newest N stay on disk, 0 = all")
+    log_rollouts: int = opt(4, "responses a step written to rollouts.jsonl")
+    grade_timeout: float = opt(10.0, "seconds a grader may take for one response")
+
+
+RANGES = {  # which values the fields may have
+    "[2, inf)": "group_size",  # advantages compare the responses to one prompt
+    "[1, inf)": "prompts_per_step mini_batches micro_batch_tokens max_prompt_length "
+                "max_response_length max_num_seqs head_chunk eval_n",
+    "[0, inf)": "seed steps max_refills overlong_buffer positive_weight negative_weight "
+                "rho_positive rho_negative decay_rate clip_high dual_clip kl_coef tis_cap lr "
+                "warmup_steps weight_decay eval_every eval_limit eval_temperature save_every "
+                "keep_checkpoints log_rollouts",
+    "(0, inf)": "temperature max_grad_norm grade_timeout",
+    "(0, 1]": "gpu_memory token_fraction entropy_fraction proxy_delta eval_top_p",
+    "[0, 1]": "clip_low",
+    "[0, 1)": "proxy_kappa adam_beta2",
+}  # fmt: skip
+
+# The demo: the same job at laptop size. Every other field keeps its default.
+DEMO_DIR = Path(__file__).resolve().parent / "demo"
+SETTINGS = {
+    "paper": {},
+    "demo": dict(
+        model=str(DEMO_DIR / "model"), data=str(DEMO_DIR / "train.jsonl"),
+        eval_data=str(DEMO_DIR / "test.jsonl"), steps=100, prompts_per_step=32, group_size=8,
+        mini_batches=8, max_prompt_length=64, max_response_length=64, lr=1.5e-4, warmup_steps=5,
+        adam_beta2=0.95, weight_decay=0.0, head_chunk=256, micro_batch_tokens=2048,
+        eval_every=20, eval_n=4, eval_temperature=1.0, eval_top_p=1.0, save_every=0,
+        gradient_checkpointing=False, decay_rate=0.015,
+    ),
+}
+
+# Each method is the same loss with other weights: name -> (what it is, fields).
+NO_SHAPING = dict(rho_positive=1.0, rho_negative=1.0)
+GRPO = dict(clip_high=0.2, dynamic_sampling=False, kl_coef=0.001, loss_agg="seq-mean-token-mean")
+RAW = NO_SHAPING | dict(advantage="raw", dynamic_sampling=False, clip_high=0.2)
+PRESETS = {
+    "a3po": ("the paper's token-level shaping on DAPO's surrogate [O]", {}),
+    "a3po_exp": ("A3PO with rho decaying exponentially", dict(decay="exp")),
+    "a3po_constant": ("A3PO without decay, the ablation", dict(decay="none")),
+    "a3po_grpo": ("A3PO's shaping on GRPO's surrogate", GRPO),
+    "grpo": ("sequence mean, symmetric clip, k3 KL to the initial model", NO_SHAPING | GRPO),
+    "dr_grpo": ("GRPO without length and deviation normalisation, no KL", NO_SHAPING | GRPO | dict(
+        norm_std=False, loss_agg="seq-mean-token-sum-norm", kl_coef=0.0)),
+    "dapo": ("clip-higher, token mean, dynamic sampling, no KL", NO_SHAPING),
+    "fork_tokens": ("DAPO on the 20 % of tokens with the highest entropy", NO_SHAPING | dict(
+        entropy_fraction=0.2)),
+    "psr": ("DAPO on positive samples only", NO_SHAPING | dict(negative_weight=0.0)),
+    "nsr": ("DAPO on negative samples only", NO_SHAPING | dict(positive_weight=0.0)),
+    "psr_raw": ("advantage +1, correct responses only (2506.01347)", RAW | dict(
+        negative_weight=0.0)),
+    "nsr_raw": ("advantage -1, incorrect responses only (2506.01347)", RAW | dict(
+        positive_weight=0.0)),
+    "w_reinforce": ("advantage +0.1 / -1 (2506.01347)", RAW | dict(positive_weight=0.1)),
+    "lp_reg": ("ratio clipped to [0, 10], k3 to a proxy on unlikely tokens with A < 0", NO_SHAPING
+               | dict(clip_low=1.0, clip_high=9.0, dual_clip=10.0, proxy_kappa=0.02, kl_coef=1.0)),
+    "polarity": ("DAPO with A * w_pos or w_neg; 0.5 : 1, the paper's best ratio", NO_SHAPING | dict(
+        positive_weight=0.5)),
+    "token_cell": ("one cell {positive, negative} x CELLS, constant weight; see --rho_*, --*_cell",
+                   dict(rho_negative=1.0, decay="none")),
+    "symmetric": ("the control: low-probability tokens for both polarities", dict(
+        negative_cell="low_prob")),
+}
+
+
+HELP = """Train a language model with A3PO, or with a method it is compared with.
+
+Sources: [P] the paper, [C] its authors' code, [O] our reading where neither says, [DAPO]
+2503.14476. Defaults are those of --setting {setting} --preset {preset}: name others beside --help
+to see theirs."""
+
+
+def defaults(setting: str = "auto", preset: str = "a3po") -> Config:
+    """Return the configuration without further flags; of an unknown setting or preset, Config's."""
+    if setting == "auto":
+        import torch
+
+        setting = "paper" if torch.cuda.is_available() else "demo"
+    fields = SETTINGS.get(setting, {}) | PRESETS.get(preset, ("", {}))[1]
+    return Config(**fields, setting=setting, preset=preset)
+
+
+def parse_args(argv: list[str] | None = None) -> Config:
+    """Read the flags: defaults < setting < preset < flags. Unknown ones are an error."""
+    flags: dict = dict(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    first = argparse.ArgumentParser(add_help=False, **flags)  # what the defaults depend on
+    first.add_argument("--setting")
+    first.add_argument("--preset")
+    base = defaults(**vars(first.parse_known_args(argv)[0]))
+    parser = argparse.ArgumentParser(
+        usage="a3po.py [--FLAG VALUE ...]",
+        description=HELP.format(setting=base.setting, preset=base.preset),
+        epilog="presets:\n" + "\n".join(f"  {k:15}{text}" for k, (text, _) in PRESETS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter, **flags,
+    )
+    for f in dataclasses.fields(Config):
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
+        value, choices = getattr(base, f.name), f.metadata["choices"]
+        text = f"{f.metadata['help']} (default: {'off' if value == '' else value})"
+        kind = dict(type=type(value), metavar="TEXT" if type(value) is str else "N")
+        if type(value) is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif choices:
+            kind = dict(choices=choices, metavar="|".join(filter(None, choices)))
+        elif f.name == "preset":
+            kind = dict(choices=PRESETS, metavar="NAME")
+        group.add_argument(f"--{f.name}", help=text.replace("%", "%%"), **kind)
+    given = vars(parser.parse_args(argv))
+    return dataclasses.replace(base, **given | dict(setting=base.setting))
+
+
+def check_config(config: Config) -> None:
+    """Refuse impossible values and combinations before any work starts."""
+    c = config
+    for interval, names in RANGES.items():
+        low, high = map(float, interval[1:-1].split(","))
+        for name in names.split():
+            value = getattr(c, name)
+            above = value > low or (value == low and interval[0] == "[")
+            if not (above and (value < high or (value == high and interval[-1] == "]"))):
+                raise UsageError(f"--{name} {value}: give a value in {interval}")
+    for ok, what in (
+        (c.prompts_per_step % world_size() == 0, f"--prompts_per_step {c.prompts_per_step} is not "
+         f"divisible by the {world_size()} ranks: change one of them"),
+        (c.mini_batches <= c.prompts_per_step, f"--mini_batches {c.mini_batches}: give at most "
+         f"--prompts_per_step ({c.prompts_per_step})"),
+        (c.kl_coef or not c.proxy_kappa, "--proxy_kappa needs a --kl_coef above 0"),
+        (c.overlong_buffer < c.max_response_length, f"--overlong_buffer {c.overlong_buffer}: "
+         f"give less than --max_response_length ({c.max_response_length})"),
+    ):
+        if not ok:
+            raise UsageError(what)

@@ -1,0 +1,173 @@
+"""Checkpoints that are kept, damaged or do not fit; files that cannot be written; the program where
+something is missing."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run
+
+import a3po
+from folder import Checkpoints, RunFolder
+from rollout import load_tokenizer
+from verify import UsageError
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_model):
+    config = a3po.parse_args(["--setting=demo", f"--model={tiny_model}"])
+    policy, model, _, optimizer = a3po.build(config, "cpu", "grids", None)
+    for parameter in model.parameters():  # so that Adam has a state
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return policy, model, optimizer, load_tokenizer(tiny_model, 8, 8)[0]
+
+
+def checkpoints(folder: Path, parts, keep: int = 0) -> Checkpoints:
+    return Checkpoints(folder, *parts, torch.float32, keep)
+
+
+def fill(model, value: float) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(value)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, parts, capsys):
+    kept, model = checkpoints(tmp_path, parts), parts[1]
+    for step in (1, 2, 3):
+        fill(model, step)
+        assert kept.save(step, 10 * step) == step
+    assert not (tmp_path / "step_1/resume").exists()
+    assert kept.resume() == (3, 30)
+    [shard] = (tmp_path / "step_3/resume").glob("*.distcp")
+    shard.write_bytes(shard.read_bytes()[:1000])
+    assert kept.resume() == (2, 20)
+    assert all((parameter == 2).all() for parameter in model.parameters())
+    assert "step_3/resume is damaged" in capsys.readouterr().out
+    (tmp_path / "step_2/resume/step.json").write_text("{")
+    with pytest.raises(UsageError, match="no checkpoint in .* can be resumed from: restore one"):
+        kept.resume()
+    assert checkpoints(tmp_path / "none", parts).resume() == (0, 0)
+
+
+@pytest.mark.parametrize("room", [100_000, 1_000_000], ids=["in the weights", "in resume"])
+def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, parts, capsys, room):
+    """A limit on the size of files stands for the disk."""
+    kept = checkpoints(tmp_path, parts)
+    assert kept.save(1, 1) == 1
+    weights = (tmp_path / "step_1/model.safetensors").stat().st_size
+    [shard] = tmp_path.glob("step_1/resume/*.distcp")
+    assert (weights > room) == (room == 100_000) and shard.stat().st_size > room
+    before = {path: path.stat().st_mtime for path in tmp_path.rglob("*")}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        assert kept.save(2, 2) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().out
+    assert "checkpoint of step 2 was not written" in said and "It needs 1.53 MB, free are" in said
+    assert "Older ones stay" in said and said.count("\n") == 1
+    assert before == {path: path.stat().st_mtime for path in tmp_path.rglob("*")}
+    assert kept.resume() == (1, 1) and kept.save(2, 2) == 2
+
+
+def test_the_newest_are_kept_with_ordinary_modes(tmp_path, parts):
+    kept = checkpoints(tmp_path, parts, keep=2)
+    for step in (8, 9, 10, 11):
+        kept.save(step, 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_11"]
+    modes = {path.stat().st_mode for path in tmp_path.glob("step_11/*") if path.is_file()}
+    (tmp_path / "file").touch()
+    assert modes == {(tmp_path / "file").stat().st_mode}
+
+
+def test_large_checkpoints_are_announced(tmp_path, parts, capsys):
+    kept = checkpoints(tmp_path / "not yet", parts, keep=0)
+    kept.announce(300, 50)
+    assert capsys.readouterr().out == ""  # the demo's are small
+    kept.weights_bytes, kept.resume_bytes = 16_400_000_000, 98_400_000_000
+    kept.announce(300, 50)
+    said = capsys.readouterr().out
+    assert "takes 16.4 GB, and the newest 98.4 GB more" in said and "6 of them: 295 GB" in said
+    kept.keep, kept.weights_bytes = 2, 10**18
+    kept.announce(300, 50)
+    assert "2 of them: 2e+09 GB" in (said := capsys.readouterr().out) and "TOO LITTLE" in said
+
+
+def test_metrics_that_cannot_be_written_end_the_run(tmp_path):
+    folder = RunFolder(vars(a3po.parse_args(["--setting=demo", f"--output_dir={tmp_path}"])))
+    folder.open(0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))
+    try:
+        with pytest.raises(UsageError, match="metrics.jsonl cannot be written .*make room.*resume"):
+            folder.append("metrics.jsonl", dict(step=0, text="x" * 100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# ---- what is missing ----------------------------------------------------------------------------
+
+WITHOUT = """
+import sys
+for name in "numpy tqdm transformers vllm fcntl resource pyarrow math_verify sympy".split():
+    sys.modules[name] = None
+"""
+
+
+def test_the_loss_needs_torch_alone():
+    code = WITHOUT + """
+import torch, a3po
+A = a3po.group_advantages(torch.tensor([1.0, 0.0]), 2)[:, None].expand(2, 5)
+p, mask = torch.rand(2, 5).log(), torch.ones(2, 5)
+A = a3po.shape_advantages(A, A[:, 0] > 0, p, mask, rho_positive=2.0, rho_negative=2.0)
+print(a3po.policy_loss(p, p, A, mask)[0].item() < 1)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_the_program_says_what_it_lacks():
+    code = WITHOUT + "import runpy; runpy.run_path('a3po.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "bash run.sh install" in done.stderr.splitlines()[-1]
+
+
+def test_a_mistake_under_torchrun_is_said_once():
+    done = run("a3po.py", "--setting=demo", "--tis_cap=-1", ranks=2)
+    assert done.returncode and done.stderr.count("error: --tis_cap -1.0") == 1
+
+
+def test_check_reads_all_inputs_and_starts_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(a3po, "build", lambda *_: pytest.fail("work started"))
+    monkeypatch.chdir(tmp_path)
+    a3po.main(["--setting=demo", "--check"])
+    assert "can be used" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        a3po.main(["--setting=demo", "--check", "--data=no.jsonl"])
+    assert "no.jsonl" in capsys.readouterr().err
+
+
+def test_run_sh_checks_before_it_starts_torchrun(tmp_path):
+    """With two GPUs that a false nvidia-smi lists, and programs that say how they were called."""
+    sums = subprocess.run("cksum <requirements.txt | cut -d' ' -f1", shell=True, cwd=ROOT,
+                          capture_output=True, text=True, check=True).stdout.strip()
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    (tmp_path / f".installed-gpu-{sums}").touch()
+    for name, does in (("nvidia-smi", "echo 1; echo 2"), ("torchrun", 'echo "torchrun $*"'),
+                       ("python", 'echo "$WORLD_SIZE $*"; [ "${!#}" != --seed=-1 ]')):
+        (bin / name).write_text(f"#!/bin/bash\n{does}\n")
+        (bin / name).chmod(0o755)
+    env = dict(PATH=f"{bin}:/usr/bin:/bin", VENV=str(tmp_path), PYTHON=sys.executable)
+    for flag, ok in (("--seed=1", True), ("--seed=-1", False)):
+        done = subprocess.run(["bash", "run.sh", "train", flag], cwd=ROOT, env=env,
+                              capture_output=True, text=True)
+        assert f"2 a3po.py --setting paper --check {flag}" in done.stdout, done.stderr
+        assert ("torchrun" in done.stdout) == ok and (done.returncode == 0) == ok
