@@ -337,6 +337,7 @@ def update(policy, optimizer, mini_batches: list[list[dict]], config: Config, rh
     c, history = config, []
     for micro_batches in mini_batches:
         denominator, sums = count(micro_batches, c.loss_agg), {}
+        scale = scale_of(optimizer)
         for batch in micro_batches:
             if not batch["trained"]:
                 continue
@@ -357,18 +358,46 @@ def update(policy, optimizer, mini_batches: list[list[dict]], config: Config, rh
                 kl_mask=batch.get("kl_mask"), loss_agg=c.loss_agg, denominator=denominator,
                 max_length=c.max_response_length,
             )
-            (loss * world_size()).backward()  # FSDP and DDP average over ranks; we want the sum
+            # FSDP and DDP average over ranks; we want the sum
+            (loss * (world_size() * scale)).backward()
             add(sums, stats | dict(loss=loss.detach(), tokens=batch["loss_mask"].sum()))
         if not sums:  # nothing to learn from here, on any rank
             continue
-        norm = nn.utils.clip_grad_norm_(policy.parameters(), c.max_grad_norm)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = clip_gradients(policy, c.max_grad_norm, scale)
         sums = read(sums | dict(max_grad_norm=norm))
-        if math.isfinite(sums["max_grad_norm"]):  # the norm is global, so all ranks agree
+        finite = math.isfinite(sums["max_grad_norm"])  # the norm is global, so all ranks agree
+        if finite:
             optimizer.step()
         optimizer.zero_grad()
+        adjust_scale(optimizer, finite)
         history.append(sums)
     return diagnose(history, len(mini_batches))
+
+
+def clip_gradients(policy, max_norm: float, scale: float) -> torch.Tensor:
+    """Divide the gradients by the loss scale, clip them; return their norm before that."""
+    if scale != 1:
+        for parameter in policy.parameters():
+            if parameter.grad is not None:
+                parameter.grad.div_(scale)
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def scale_of(optimizer) -> float:
+    """Return what the loss is multiplied by, so that small gradients exist in fp16; else 1."""
+    return optimizer.param_groups[0].get("loss_scale", 1.0)
+
+
+def adjust_scale(optimizer, finite: bool) -> None:
+    """Halve the loss scale after a gradient that overflowed, double it after 200 that did not."""
+    group = optimizer.param_groups[0]
+    if "loss_scale" in group:
+        group["good_updates"] = group["good_updates"] + 1 if finite else 0
+        if not finite:
+            group["loss_scale"] /= 2
+        elif group["good_updates"] % 200 == 0:
+            group["loss_scale"] *= 2
 
 
 def count(micro_batches: list[dict], loss_agg: str) -> torch.Tensor:
@@ -605,7 +634,20 @@ def build(config: Config, device: str, kernel: str, precision: torch.dtype | Non
             reference = distribute(reference, "fsdp", device, precision)
     optimizer = torch.optim.AdamW(policy.parameters(), c.lr, (0.9, c.adam_beta2),
                                   weight_decay=c.weight_decay)
+    if precision == torch.float16:  # kept with the optimiser's state
+        optimizer.param_groups[0].update(loss_scale=2.0**16, good_updates=0)
     return policy, model, reference, optimizer
+
+
+def precision_of(config: Config, device: str) -> torch.dtype | None:
+    """Return the 16 bits in which --precision computes, None for float32."""
+    name = config.precision
+    if name == "auto":
+        name = "fp32" if device == "cpu" else "bf16"
+    if name == "fp32" and device != "cpu":
+        raise UsageError("--precision fp32: the GPU's attention for packed sequences computes in "
+                         "16 bits; give bf16 or fp16")
+    return dict(bf16=torch.bfloat16, fp16=torch.float16).get(name)
 
 
 def is_due(step: int, every: int, last: int) -> bool:
@@ -621,12 +663,13 @@ def set_lr(optimizer, step: int, config: Config) -> float:
     return lr
 
 
-def start_engine(config: Config, tokenizer) -> rollout.Engine:
+def start_engine(config: Config, tokenizer, precision: torch.dtype | None) -> rollout.Engine:
     c = config
     say("starting vLLM")
     return rollout.Engine(
         c.model, tokenizer, max_num_seqs=c.max_num_seqs, gpu_memory=c.gpu_memory, seed=c.seed,
         max_model_len=c.max_prompt_length + c.max_response_length,
+        dtype=precision or torch.float32,
     )
 
 
@@ -637,15 +680,15 @@ def train(config: Config, run: RunFolder) -> None:
         return say("flags, data and model can be used")
     device = rollout.init_distributed()
     run.agree()
-    kernel, precision = ("grids", None) if device == "cpu" else ("varlen", torch.bfloat16)
+    kernel, precision = "grids" if device == "cpu" else "varlen", precision_of(config, device)
     policy, model, reference, optimizer = build(config, device, kernel, precision)
     checkpoints = Checkpoints(run.checkpoints, policy, model, optimizer, tokenizer,
                               dtype=precision or torch.float32, keep=config.keep_checkpoints)
     checkpoints.announce(config.steps, config.save_every)
     start, sampler.cursor = checkpoints.resume() if config.resume else (0, 0)
-    engine = start_engine(config, tokenizer)
+    engine = start_engine(config, tokenizer, precision)
     if start:
-        engine.load_weights(full_weights(model))
+        engine.load_weights(full_weights(model, precision))
     run.open(start)
 
     progress = tqdm(range(start, config.steps + 1), "training", config.steps, initial=start,
@@ -677,7 +720,7 @@ def train(config: Config, run: RunFolder) -> None:
                 diagnostics = update(policy, optimizer, mini_batches, config, rho)
             # Sync: vLLM samples the next step from the new policy
             with timed(seconds, "sync"):
-                engine.load_weights(full_weights(model))
+                engine.load_weights(full_weights(model, precision))
 
             metrics = dict(step=step) | rollout_metrics(drawn, config) | token_metrics(mini_batches)
             run.log_step(metrics | diagnostics | seconds | rho | dict(lr=lr))

@@ -94,6 +94,8 @@ class Config:
     max_grad_norm: float = opt(1.0, "gradient clipping [C]")
 
     parallel: str = opt("fsdp", "how ranks share the model", ("fsdp", "ddp"), "devices")
+    precision: str = opt("auto", "auto: bf16 on a GPU, fp32 on a CPU; fp16 has a smaller mismatch "
+                         "(2510.26788)", ("auto", "bf16", "fp16", "fp32"))
     gradient_checkpointing: bool = opt(True, "recompute activations in the backward pass")
     head_chunk: int = opt(1024, "tokens whose logits exist at one time")
 

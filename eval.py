@@ -320,7 +320,8 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
     "eval_accuracy_math": "held-out math, share: accuracy on the problems of this kind",
     "eval_accuracy_choice": "held-out choice, share: the same for multiple choice",
     "eval_accuracy_code": "held-out code, share: the same for programs",
-    "eval_entropy": "held-out entropy, nats: mean -log p of tokens; unbiased at T = top_p = 1",
+    "eval_entropy": "held-out entropy, nats: mean -log p of the sampled tokens at the evaluation's "
+                    "temperature and top_p; entropy is exact, and at the training temperature",
     "eval_length": "held-out length, tokens: mean",
     "eval_truncated": "held-out truncated, share: cut at the limit of tokens; should be low",
     "eval_no_answer": "held-out no answer, share: samples in which none is marked as one",

@@ -40,7 +40,8 @@ class TokenLogprobs(torch.autograd.Function):
             total = probs.sum(-1)
             log_total = total.log()
             normaliser[s] = peak + log_total
-            logprobs[s] = sampled - normaliser[s]
+            # not sampled - normaliser: near 0 that resolves no more than the peak does, 2e-6 at 26
+            logprobs[s] = (sampled - peak).sub_(log_total)
             # sum of p (log total - logit), as a product of rows that needs no third (chunk, V)
             entropy[s] = log_total - torch.einsum("nv,nv->n", probs, logits) / total
             if kappa:  # the largest of probs is 1
@@ -76,18 +77,27 @@ class TokenLogprobs(torch.autograd.Function):
                 grad.div_(ctx.temperature)
             grad = grad.to(hidden.dtype)
             grad_hidden[s] = grad @ weight
-            if weight.dtype == torch.float32:
-                grad_weight.addmm_(grad.T, hidden[s])  # without a temporary of the weight's size
-            else:
-                grad_weight += grad.T @ hidden[s]
+            add_product(grad_weight, grad.T, hidden[s])
             del logp, grad
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
 def compute_logits(hidden, weight, temperature):
-    """Return hidden @ weight.T / temperature in float32: (N, H), (V, H) -> (N, V)."""
-    logits = (hidden @ weight.T).float()
+    """Return hidden @ weight.T / temperature in float32: (N, H), (V, H) -> (N, V). In 16 bits the
+    logits would be rounded to 0.1 at 16, by more than an update moves them."""
+    if hidden.dtype != torch.float32 and hidden.is_cuda:
+        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    else:
+        logits = hidden.float() @ weight.T.float()
     return logits if temperature == 1 else logits.div_(temperature)
+
+
+def add_product(total, a, b):
+    """Add a @ b to total, in float32, without a temporary of its size: (V, N), (N, H), (V, H)."""
+    if a.dtype != torch.float32 and a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
 
 
 def chunks(n: int, size: int) -> list[slice]:
@@ -326,7 +336,7 @@ def load_model(path: str, device: str, kernel: str, checkpointing: bool = False)
 def distribute(policy: Policy, parallel: str, device: str, precision: torch.dtype | None):
     """Share the policy among the ranks: "fsdp" shards every layer (FSDP2), "ddp" replicates.
     precision: the dtype that FSDP computes in; its gradients are reduced in float32."""
-    if parallel == "fsdp" and (world_size() > 1 or device != "cpu"):
+    if parallel == "fsdp" and (world_size() > 1 or device != "cpu" or precision):
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         options: dict = dict(mesh=dist.init_device_mesh(device.partition(":")[0], (world_size(),)))
@@ -345,5 +355,5 @@ def full_weights(model: nn.Module, dtype=None) -> Iterator[tuple[str, torch.Tens
     collective. A tied head is not listed."""
     for name, parameter in model.named_parameters():
         tensor = parameter.detach()
-        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        yield name, tensor.to(dtype or tensor.dtype)
+        tensor = tensor.to(dtype or tensor.dtype)  # before it is gathered: half the bytes
+        yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -303,7 +303,7 @@ class Engine:
     """
 
     def __init__(self, model: str, tokenizer, *, max_model_len: int, max_num_seqs: int = 256,
-                 gpu_memory: float = 0.6, seed: int = 0, tensor_parallel: int = 1):
+                 gpu_memory: float = 0.6, seed: int = 0, tensor_parallel: int = 1, dtype=None):
         import torch
         from transformers import AutoConfig
 
@@ -325,7 +325,8 @@ class Engine:
         else:
             device_options = dict(gpu_memory_utilization=gpu_memory, enable_sleep_mode=True)
         self.llm = LLM(
-            model=model, seed=seed, dtype="float32" if self.cpu else "bfloat16",
+            model=model, seed=seed, dtype=dtype or (torch.float32 if self.cpu else torch.bfloat16),
+            hf_overrides=dict(head_dtype="float32"),  # logits rounded to bf16 would be 0.1 off
             distributed_executor_backend="external_launcher", tensor_parallel_size=tensor_parallel,
             max_model_len=max_model_len, max_num_seqs=max_num_seqs,
             # A prompt split over two batches draws a token that is thrown away, and vLLM cannot

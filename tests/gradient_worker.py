@@ -44,7 +44,7 @@ class Recorder:
     """In the optimiser's place: keeps the gradient and takes no step."""
 
     def __init__(self, model: torch.nn.Module):
-        self.model, self.gradient = model, {}
+        self.model, self.gradient, self.param_groups = model, {}, [{}]
 
     def step(self) -> None:
         for name, parameter in self.model.named_parameters():

@@ -137,6 +137,16 @@ def test_presets_are_sets_of_fields():
     assert a3po.parse_args(["--setting=paper"]).prompts_per_step == 512
 
 
+def test_held_out_files_may_have_spaces_around_and_in_their_names(tmp_path):
+    names = "a b.jsonl", "c.jsonl"
+    for name in names:
+        (tmp_path / name).write_text(f'{{"problem": "Compute {name}.", "answer": "1"}}\n')
+    held_out = ", ".join(str(tmp_path / name) for name in names)
+    config = a3po.parse_args(["--setting=demo", f"--eval_data={held_out}"])
+    assert [prompt.problem.text for prompt in a3po.load_inputs(config)[2]] == [
+        f"Compute {name}." for name in names]
+
+
 @pytest.mark.parametrize("setting, lr", [("demo", 0.00015), ("paper", 1e-06)])
 def test_help_has_groups_choices_and_the_defaults_of_the_setting(setting, lr, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")

@@ -61,6 +61,28 @@ def scored(config, policy, samples=None):
     return mini_batches
 
 
+def test_sure_tokens_keep_their_order():
+    """A3PO chooses among log-probs near 0: at logits of 26 they have to be exact to 1e-7."""
+    gap = torch.linspace(9.0, 19.0, 2000)  # of the only other token: 1 - p from 1e-4 to 6e-9
+    hidden = torch.stack([torch.full_like(gap, 26.0), 26.0 - gap], 1)
+    apply = policy_model.TokenLogprobs.apply
+    logprobs = apply(hidden, torch.eye(2), torch.zeros(2000).long(), 1.0, 512, 0.0)[0]
+    exact = -torch.log1p(torch.exp(-(hidden[:, 0].double() - hidden[:, 1].double())))
+    assert (logprobs - exact).abs().max() < 1e-7
+    assert (logprobs.diff() >= 0).all() and len(logprobs.unique()) > 400
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_are_not_rounded_to_sixteen_bits(dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=generator).to(dtype) for n in (40, 300))
+    targets = torch.randint(300, (40,), generator=generator)
+    exact = torch.log_softmax(2 * hidden.double() @ weight.double().T, -1)
+    exact = exact.gather(1, targets[:, None])[:, 0]
+    logprobs = policy_model.TokenLogprobs.apply(hidden, weight, targets, 0.5, 16, 0.0)[0]
+    assert (logprobs - exact).abs().max() < 1e-4  # rounded logits are off by 0.1
+
+
 def test_packed_policy_equals_the_models_own_logits_row_by_row(tiny_model):
     _, policy, _ = build(tiny_model)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager")
