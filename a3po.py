@@ -455,33 +455,58 @@ def diagnose(history: list[dict[str, float]], mini_batches: int) -> dict[str, fl
 
 
 def sample_groups(engine, tokenizer, judge, sampler, config: Config, seconds: dict[str, float]):
-    """Sample until prompts_per_step groups carry a signal (dynamic sampling), refilling at most
-    max_refills times; return the groups to train on and all that were drawn."""
-    c, groups, drawn = config, [], []
+    """Sample until prompts_per_step groups carry a signal (dynamic sampling); return the groups to
+    train on, the first in the order of their draws, and all that were drawn.
+
+    As some will be dead, more are drawn than are missing. The sampler goes back to behind the last
+    that is used, so the rest come again in the next step: choosing those that end first would
+    favour short answers.
+    """
+    c, live, drawn = config, [], []
+    share = sampler.dead_share or 0.0  # nothing is known before the first step
     for attempt in range(1 + (c.max_refills if c.dynamic_sampling else 0)):
-        missing = c.prompts_per_step - len(groups)
-        if not missing:
+        missing = c.prompts_per_step - len(live)
+        most = (1 + c.max_refills) * c.prompts_per_step - len(drawn)
+        if missing <= 0 or most <= 0:
             break
-        draws = sampler.next(missing)
-        mine = rollout.sample(
-            engine, tokenizer, judge, [prompt for _, prompt in draws], c.group_size,
-            [rollout.request_seed("train", c.seed, draw) for draw, _ in draws],
-            max_tokens=c.max_response_length, temperature=c.temperature, seconds=seconds,
-            progress=f"rollouts (refill {attempt})" if attempt else "rollouts",
-        )
-        mine = dict(mine)
-        for sample in sum(mine.values(), []):
-            sample.prompt = None  # other ranks have it, and the tests of a program can be megabytes
-        found = dict(rollout.gather(list(mine.items())))
-        new = [found[i] for i in range(missing)]
-        for (_, prompt), group in zip(draws, new, strict=True):
-            for sample in group:
-                sample.prompt = prompt
-        groups += [group for group in new if is_live(group) or not c.dynamic_sampling]
+        draws = sampler.next(min(draws_for(missing, share), most))
+        new = sample_draws(engine, tokenizer, judge, draws, c, seconds, attempt)
+        for (draw, _), group in zip(draws, new, strict=True):
+            if is_live(group) or not c.dynamic_sampling:
+                live.append((draw, group))
         drawn += new
+        share = 1 - len(live) / len(drawn)
+    before = share if sampler.dead_share is None else sampler.dead_share
+    sampler.dead_share = 0.8 * before + 0.2 * share  # it changes slowly, one step's is noisy
+    if len(live) >= c.prompts_per_step:
+        sampler.cursor = live[c.prompts_per_step - 1][0] + 1
     if not any(map(is_live, drawn)):
         say(no_signal(drawn, config))
-    return groups, drawn
+    return [group for _, group in live[: c.prompts_per_step]], drawn
+
+
+def draws_for(missing: int, dead_share: float) -> int:
+    """Return how many draws give `missing` live groups, with 1.5 standard deviations to spare: with
+    one, every fifth step would wait for a second round of answers."""
+    spare = 1.5 * math.sqrt(missing * dead_share)
+    return math.ceil((missing + spare) / max(1 - dead_share, 1e-3))
+
+
+def sample_draws(engine, tokenizer, judge, draws, config: Config, seconds, attempt: int):
+    """Return a group of graded samples for each (draw, prompt), on all ranks."""
+    mine = dict(rollout.sample(
+        engine, tokenizer, judge, [prompt for _, prompt in draws], config.group_size,
+        [rollout.request_seed("train", config.seed, draw) for draw, _ in draws],
+        max_tokens=config.max_response_length, temperature=config.temperature, seconds=seconds,
+        progress=f"rollouts (refill {attempt})" if attempt else "rollouts",
+    ))
+    for sample in sum(mine.values(), []):
+        sample.prompt = None  # other ranks have it, and the tests of a program can be megabytes
+    found = dict(rollout.gather(list(mine.items())))
+    for i, (_, prompt) in enumerate(draws):
+        for sample in found[i]:
+            sample.prompt = prompt
+    return [found[i] for i in range(len(draws))]
 
 
 def no_signal(groups: list[list[Sample]], config: Config) -> str:
@@ -555,6 +580,7 @@ def rollout_metrics(groups: list[list[Sample]], config: Config) -> dict[str, flo
         no_answer=statuses.count("no_answer") / len(samples),
         **{f"grader_{x}": statuses.count(x) for x in ("timeout", "error", "bad_reference")},
         groups_drawn=len(groups),
+        surplus_groups=max(0, sum(map(is_live, groups)) - config.prompts_per_step),
         dead_groups=1 - np.mean([is_live(group) for group in groups]),
         dead_all_correct=correct.reshape(len(groups), -1).all(1).mean(),
         rollout_tokens=int(lengths.sum()),
@@ -685,7 +711,8 @@ def train(config: Config, run: RunFolder) -> None:
     checkpoints = Checkpoints(run.checkpoints, policy, model, optimizer, tokenizer,
                               dtype=precision or torch.float32, keep=config.keep_checkpoints)
     checkpoints.announce(config.steps, config.save_every)
-    start, sampler.cursor = checkpoints.resume() if config.resume else (0, 0)
+    start, state = checkpoints.resume() if config.resume else (0, {})
+    sampler.restore(state)
     engine = start_engine(config, tokenizer, precision)
     if start:
         engine.load_weights(full_weights(model, precision))
@@ -727,7 +754,7 @@ def train(config: Config, run: RunFolder) -> None:
             run.log_rollouts(step, drawn, config.log_rollouts)
             stop = run.asked_to_stop()
             if stop or is_due(step + 1, config.save_every, config.steps):
-                run.saved = checkpoints.save(step + 1, sampler.cursor) or run.saved
+                run.saved = checkpoints.save(step + 1, sampler.state()) or run.saved
             if stop:
                 return
     run.finish()

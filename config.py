@@ -50,7 +50,7 @@ class Config:
     mini_batches: int = opt(16, "optimiser updates a step [C]")
     micro_batch_tokens: int = opt(16384, "tokens packed into one forward/backward on a rank")
     dynamic_sampling: bool = opt(True, "drop all-correct and all-wrong groups, refill [DAPO]")
-    max_refills: int = opt(3, "most refills a step for dropped groups")
+    max_refills: int = opt(3, "a step draws at most 1 + N times its prompts, in 1 + N rounds")
 
     template: str = opt("auto", "auto (chat if the tokenizer has one), chat, plain, or a text "
                         "with {problem}", group="rollouts")

@@ -275,6 +275,8 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
     "grader_error": "grader errors, responses: counted as wrong for them; should be 0",
     "grader_bad_reference": "bad references, responses: to problems with an unusable answer; 0",
     "groups_drawn": "groups, prompts: over --prompts_per_step they replace dead groups",
+    "surplus_groups": "surplus, prompts: live groups that the step did not need; drawn again in "
+                      "the next step",
     "dead_groups": "dead, share: groups with equal rewards, from which nothing is learned; near 1 "
                    "the problems are too easy or too hard",
     "dead_all_correct": "all correct, share: groups that are dead because they are too easy",

@@ -192,8 +192,8 @@ def show_example(sample: Sample, tokenizer) -> None:
 
 class Checkpoints:
     """The folders step_N of a run. Each is a save_pretrained folder with weights of `dtype`; in
-    the newest, resume/ is what training goes on from: float32 weights, optimiser state and data
-    cursor, sharded over the ranks, loaded by any number. All ranks make the same calls.
+    the newest, resume/ is what training goes on from: float32 weights, optimiser state and the
+    sampler's state, sharded over the ranks, loaded by any number. All ranks make the same calls.
 
     keep: how many folders stay, the newest; 0 is all. Where resume/ takes less than SMALL bytes,
     the second newest has one too, to fall back to.
@@ -220,14 +220,14 @@ class Checkpoints:
                 f"the {size(free)} that are free{': TOO LITTLE' * (total > free)} "
                 "(see --keep_checkpoints)")
 
-    def save(self, step: int, cursor: int) -> int:
+    def save(self, step: int, state: dict) -> int:
         """Write step_N under another name, rename it when it is complete, and delete what is not
         kept. Returns the step, or 0 where that failed: then the older ones stay as they are."""
         final, partial = self.folder / f"step_{step}", self.folder / f".step_{step}.partial"
         why = None
         for part in (self._write_weights, self._write_state, self._put_in_place):
             try:
-                part(partial, final, dict(step=step, cursor=cursor))
+                part(partial, final, dict(step=step, state=state))
             except (Exception, CheckpointException) as error:  # a full disk, a folder that is gone
                 why = last_line(error)
             if why := next(filter(None, gather([why])), None):  # also a barrier
@@ -270,9 +270,10 @@ class Checkpoints:
         for path in older[: -self.keep] if self.keep else ():
             shutil.rmtree(path, ignore_errors=True)
 
-    def resume(self) -> tuple[int, int]:
+    def resume(self) -> tuple[int, dict]:
         """Restore weights and optimiser from the newest checkpoint that can be read; return (step,
-        data cursor), (0, 0) where there is none. Raises UsageError where none can be read."""
+        the sampler's state), (0, {}) where there is none. Raises UsageError where none can be read.
+        """
         found = [path.parent for path in self.folder.glob("step_*/resume/step.json")]
         for newest in sorted(found, key=lambda path: step_of(path.parent), reverse=True):
             try:
@@ -285,11 +286,11 @@ class Checkpoints:
             set_state_dict(self.policy, self.optimizer, model_state_dict=state["model"],
                            optim_state_dict=state["optimizer"])
             say(f"going on from {newest.parent}")
-            return at["step"], at["cursor"]
+            return at["step"], at["state"]
         if found:
             raise UsageError(f"no checkpoint in {self.folder} can be resumed from: restore one, or "
                              "delete their resume/ folders to begin again at step 0")
-        return 0, 0
+        return 0, {}
 
     def training_state(self) -> dict:
         model_state, optimizer_state = get_state_dict(self.policy, self.optimizer)

@@ -216,12 +216,21 @@ def encode_prompts(
 
 
 class PromptSampler:
-    """Endless shuffled epochs. All state is `cursor`, the number of prompts drawn so far: the
-    order of epoch e is a permutation seeded by (seed, e), so resuming needs one integer."""
+    """Endless shuffled epochs. All state is `cursor`, the number of prompts used so far, for the
+    order of epoch e is a permutation seeded by (seed, e); and `dead_share`, the share of prompts
+    from whose answers nothing can be learned, as seen in the past steps."""
 
-    def __init__(self, prompts: list[Prompt], seed: int, cursor: int = 0):
-        self.prompts, self.seed, self.cursor = prompts, seed, cursor
+    def __init__(self, prompts: list[Prompt], seed: int):
+        self.prompts, self.seed = prompts, seed
+        self.cursor: int = 0
+        self.dead_share: float | None = None
         self._epoch, self._order = -1, np.empty(0, int)
+
+    def state(self) -> dict:
+        return dict(cursor=self.cursor, dead_share=self.dead_share)
+
+    def restore(self, state: dict) -> None:
+        self.cursor, self.dead_share = state.get("cursor", 0), state.get("dead_share")
 
     def next(self, n: int) -> list[tuple[int, Prompt]]:
         """Return the next n prompts, each with its draw index, unique over the whole run."""

@@ -40,25 +40,25 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, parts, capsys):
     kept, model = checkpoints(tmp_path, parts), parts[1]
     for step in (1, 2, 3):
         fill(model, step)
-        assert kept.save(step, 10 * step) == step
+        assert kept.save(step, dict(cursor=10 * step)) == step
     assert not (tmp_path / "step_1/resume").exists()
-    assert kept.resume() == (3, 30)
+    assert kept.resume() == (3, dict(cursor=30))
     [shard] = (tmp_path / "step_3/resume").glob("*.distcp")
     shard.write_bytes(shard.read_bytes()[:1000])
-    assert kept.resume() == (2, 20)
+    assert kept.resume() == (2, dict(cursor=20))
     assert all((parameter == 2).all() for parameter in model.parameters())
     assert "step_3/resume is damaged" in capsys.readouterr().out
     (tmp_path / "step_2/resume/step.json").write_text("{")
     with pytest.raises(UsageError, match="no checkpoint in .* can be resumed from: restore one"):
         kept.resume()
-    assert checkpoints(tmp_path / "none", parts).resume() == (0, 0)
+    assert checkpoints(tmp_path / "none", parts).resume() == (0, {})
 
 
 @pytest.mark.parametrize("room", [100_000, 1_000_000], ids=["in the weights", "in resume"])
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, parts, capsys, room):
     """A limit on the size of files stands for the disk."""
     kept = checkpoints(tmp_path, parts)
-    assert kept.save(1, 1) == 1
+    assert kept.save(1, {}) == 1
     weights = (tmp_path / "step_1/model.safetensors").stat().st_size
     [shard] = tmp_path.glob("step_1/resume/*.distcp")
     assert (weights > room) == (room == 100_000) and shard.stat().st_size > room
@@ -66,20 +66,20 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, parts, capsys, room):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
-        assert kept.save(2, 2) == 0
+        assert kept.save(2, {}) == 0
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().out
     assert "checkpoint of step 2 was not written" in said and "It needs 1.53 MB, free are" in said
     assert "Older ones stay" in said and said.count("\n") == 1
     assert before == {path: path.stat().st_mtime for path in tmp_path.rglob("*")}
-    assert kept.resume() == (1, 1) and kept.save(2, 2) == 2
+    assert kept.resume() == (1, {}) and kept.save(2, {}) == 2
 
 
 def test_the_newest_are_kept_with_ordinary_modes(tmp_path, parts):
     kept = checkpoints(tmp_path, parts, keep=2)
     for step in (8, 9, 10, 11):
-        kept.save(step, 0)
+        kept.save(step, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_11"]
     modes = {path.stat().st_mode for path in tmp_path.glob("step_11/*") if path.is_file()}
     (tmp_path / "file").touch()

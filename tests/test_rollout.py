@@ -140,7 +140,10 @@ def test_sampler_shuffles_by_seed_covers_epochs_and_resumes():
     assert ids(first)[:7] != ids(first)[7:14]
     parts = PromptSampler(prompts, seed=1)
     assert ids(parts.next(5)) + ids(parts.next(1)) == ids(first)[:6]
-    assert ids(PromptSampler(prompts, seed=1, cursor=6).next(15)) == ids(first)[6:]
+    again = PromptSampler(prompts, seed=1)
+    again.restore(dict(cursor=6, dead_share=0.5))
+    assert ids(again.next(15)) == ids(first)[6:]
+    assert again.state() == dict(cursor=21, dead_share=0.5)
     assert ids(PromptSampler(prompts, seed=2).next(7)) != ids(first)[:7]
 
 

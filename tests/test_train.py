@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run
@@ -17,7 +18,7 @@ import a3po
 import eval as evaluation
 import verify
 from config import PRESETS, RANGES
-from rollout import Problem, Prompt, Sample
+from rollout import Problem, Prompt, PromptSampler, Sample
 from verify import UsageError
 
 SHORT = ["a3po.py", "--setting=demo", "--eval_limit=32", "--prompts_per_step=8", "--group_size=4",
@@ -251,6 +252,37 @@ def test_a_run_stops_where_vllm_and_the_trainer_differ(gap, moved, says):
     with pytest.raises(UsageError, match=says):
         a3po.check_agreement(lambda b: (b["logprobs"], None, None), batches, 1e-3)
     a3po.check_agreement(None, [[]], 1e-3)  # a step without a signal
+
+
+def planted(draw: int, dead: float) -> list[Sample]:
+    """A group that is dead with this probability, and is longer then."""
+    rng = np.random.default_rng(draw)
+    live = rng.random() >= dead
+    length = int(rng.lognormal(3, 1) * (1 if live else 3)) + 1
+    return [Sample(Prompt(draw, [1]), np.zeros(length, int), np.zeros(length), "stop", reward=x,
+                   grade=verify.Grade(x > 0, None)) for x in (1.0, float(not live))]
+
+
+@pytest.mark.parametrize("dead", [0.0, 0.2, 0.4, 0.6, 0.95])
+def test_draws_by_expected_need_choose_no_group_by_its_length(dead, monkeypatch):
+    """What is trained on are all live groups in the order of their draws: none twice, none left
+    out, none because it ended first; mostly in one round."""
+    rounds, used = [], []
+    monkeypatch.setattr(a3po, "sample_draws", lambda _engine, _tokenizer, _judge, draws, *rest: (
+        rounds.append(rest[-1]) or [planted(draw, dead) for draw, _ in draws]))
+    config = a3po.Config(prompts_per_step=64, group_size=2)
+    sampler = PromptSampler([Prompt(None, [1])] * 7, seed=0)
+    for step in range(100):
+        if step == 50:  # a resumed run goes on in the same way
+            state, sampler = sampler.state(), PromptSampler([Prompt(None, [1])] * 7, seed=0)
+            sampler.restore(json.loads(json.dumps(state)))
+        groups, drawn = a3po.sample_groups(None, None, None, sampler, config, {})
+        assert len(groups) <= 64 and len(drawn) <= 4 * 64
+        used += [group[0].prompt.problem for group in groups]
+    expected = [draw for draw in range(sampler.cursor) if a3po.is_live(planted(draw, dead))]
+    assert used == expected
+    if dead < 0.9:
+        assert len(used) == 6400 and len(rounds) <= 1.25 * 100
 
 
 def test_training_on_nothing_is_said():
