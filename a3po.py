@@ -57,6 +57,7 @@ try:
     from model import (
         Policy,
         check_agreement,
+        check_model,
         collate,
         deal,
         distribute,
@@ -624,8 +625,7 @@ def load_inputs(config: Config):
     tokenizer, model_config = rollout.load_tokenizer(
         c.model, c.max_prompt_length, c.max_response_length
     )
-    if any(getattr(model_config, k, None) for k in ("final_logit_softcapping", "logit_scale")):
-        raise UsageError(f"model {c.model!r} rescales its logits, which Policy does not do")
+    check_model(c.model, model_config)
     problems = load_problems(c.data, kind=c.kind, needs_answer=not c.reward)
     prompts = rollout.encode_prompts(problems, tokenizer, c.template, c.max_prompt_length)
     held_out, problems = [], []

@@ -153,7 +153,11 @@ def load_tokenizer(model: str, max_prompt_length: int, max_response_length: int)
             f"model {model!r}: neither a save_pretrained folder nor a hub model that loads "
             f"({str(error).splitlines()[0][:160]})"
         ) from None
-    wanted, context = (max_prompt_length or 1) + max_response_length, config.max_position_embeddings
+    wanted = (max_prompt_length or 1) + max_response_length
+    context = getattr(config, "max_position_embeddings", None)
+    if context is None:
+        raise UsageError(f"model {model!r} ({config.model_type}): its configuration has no "
+                         "max_position_embeddings; only transformers with attention are supported")
     if wanted > context:
         prompt = f"--max_prompt_length {max_prompt_length}" if max_prompt_length else "a prompt"
         raise UsageError(

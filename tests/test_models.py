@@ -1,0 +1,67 @@
+"""Families of models: those on the list train, the others are refused or found out."""
+
+import json
+
+import pytest
+from conftest import ROOT, run
+from model_worker import FAMILIES, make
+from transformers import AutoConfig
+
+import model as policy_model
+from verify import UsageError
+
+REFUSED = {
+    "mistral_window": "attention with a window",
+    "gemma2": "layers without full attention",
+    "gemma3": "layers without full attention",
+    "granite": "rescaled logits",
+    "cohere": "rescaled logits",
+    "mixtral": "a mixture of experts",
+    "qwen3_moe": "a mixture of experts",
+}
+EVERYDAY = ("qwen2", "gpt2")  # biases and an own tokenizer; a tied head and absolute positions
+TRAINED = [name for name in FAMILIES if name not in {*REFUSED, "mamba", "opt"}]
+
+
+MATRIX = [pytest.param(name, marks=() if name in EVERYDAY else pytest.mark.slow)
+          for name in TRAINED]
+
+
+@pytest.mark.parametrize("family", MATRIX)
+def test_vllm_follows_the_trainer(family, tmp_path):
+    """The same tokens get the same log-probs before and after an update that moves them far."""
+    done = run("tests/model_worker.py", family, str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["before"] < 1e-4 and report["after"] < 1e-4
+    assert report["moved"] > 0.1 and report["ratio"] == 0
+
+
+def test_the_list_is_what_is_trained(tmp_path, capsys):
+    types = {AutoConfig.from_pretrained(make(name, tmp_path / name)).model_type for name in TRAINED}
+    assert types == policy_model.FAMILIES.keys()
+    policy_model.check_model("m", AutoConfig.from_pretrained(tmp_path / "llama"))
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family, what", REFUSED.items())
+def test_what_would_train_wrongly_is_refused(family, what, tmp_path):
+    config = AutoConfig.from_pretrained(make(family, tmp_path))
+    with pytest.raises(UsageError, match=f"{what}, which cannot be trained here; these can: Llama"):
+        policy_model.check_model("m", config)
+
+
+@pytest.mark.slow
+def test_a_family_that_was_never_tried_is_found_out(tmp_path):
+    """OPT: dropout that the model applies by itself, and other positions than vLLM's."""
+    (tmp_path / "taste.py").write_text("def length(response, problem): return len(response) % 7\n")
+    done = run(str(ROOT / "a3po.py"), "--setting=demo", f"--model={make('opt', tmp_path / 'opt')}",
+               "--eval_data=", "--reward=taste:length", cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "type opt was never tried" in done.stdout and "vLLM and the trainer" in done.stderr
+
+
+def test_a_model_without_attention_is_one_sentence(tmp_path):
+    done = run("a3po.py", "--setting=demo", "--check", f"--model={make('mamba', tmp_path)}")
+    assert done.returncode == 2 and "no max_position_embeddings" in done.stderr
+    assert "Traceback" not in done.stderr
