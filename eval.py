@@ -569,56 +569,88 @@ def compare(folders: list[str]) -> str:
 
 # ---- training curves ----------------------------------------------------------------------------
 
-PANELS = ("reward", "accuracy", "eval_accuracy", "response_length",
-          "entropy", "entropy_positive", "entropy_negative", "rho_positive",
-          "clip_high", "mismatch_mean", "grad_norm", "dead_groups")
+PANELS = ("eval_accuracy", "reward", "entropy", "entropy_positive", "entropy_negative",
+          "response_length", "rho_positive", "clip_high", "mismatch_mean", "grad_norm",
+          "dead_groups", "truncated")
+# Okabe and Ito's colours, told apart by everybody
+COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #999999".split()
 
 
 def group_runs(folders: list[Path]) -> dict[str, list[list[dict]]]:
-    """Return {preset, or folder if that is taken: metrics of runs that differ only in the seed}."""
-    groups: dict[str, list[list[dict]]] = {}
-    labels: dict[str, str] = {}
+    """Return {label: metrics of runs that differ only in the seed}. A label is the preset, with
+    what else tells it from the groups of the same preset."""
+    groups: dict[str, tuple[dict, list]] = {}
     for folder in folders:
         path = folder / "metrics.jsonl"
         records = [record for _, record in verify.read_jsonl(path, skip_broken=True)]
         if not records:
             raise UsageError(f"{path}: no such file, or empty; give a run's folder")
         config = json.loads((folder / "config.json").read_text())
-        for key in ("seed", "output_dir", "resume", "environment"):
+        for key in ("seed", "output_dir", "resume", "resume_changed", "check", "environment"):
             config.pop(key, None)
-        label = str(folder) if config["preset"] in groups else config["preset"]
-        label = labels.setdefault(json.dumps(config, sort_keys=True), label)
-        groups.setdefault(label, []).append(records)
-    return groups
+        groups.setdefault(json.dumps(config, sort_keys=True), (config, []))[1].append(records)
+    labelled = {}
+    for config, runs in groups.values():
+        rivals = [c for c, _ in groups.values() if c["preset"] == config["preset"]]
+        own = [f"{key} {value}" for key, value in config.items()
+               if any(rival.get(key) != value for rival in rivals)]
+        labelled[", ".join([config["preset"], *own])[:60]] = runs
+    return labelled
 
 
-def draw_series(axis, runs: list[list[dict]], name: str, label: str) -> None:
-    """Draw the mean over the runs at the steps that all have, in a band of one deviation."""
-    points = []
-    for run in runs:
-        points.append({r["step"]: r[name] for r in run if r.get(name) is not None})
+def draw_series(axis, runs: list[list[dict]], name: str, label: str, colour: str) -> None:
+    """Draw the mean over the runs at the steps that all have, and one deviation; of held-out
+    accuracy in bars, which for a single run are its standard errors."""
+    points = [{r["step"]: r for r in run if r.get(name) is not None} for run in runs]
     steps = sorted(set.intersection(*map(set, points)))
-    values = np.array([list(map(run.get, steps)) for run in points])  # (runs, steps)
-    mean = values.mean(0)
-    axis.plot(steps, mean, label=label)
-    if len(runs) > 1:
-        spread = values.std(0, ddof=1)
-        axis.fill_between(steps, mean - spread, mean + spread, alpha=0.2)
+    values = np.array([[run[step][name] for step in steps] for run in points])  # (runs, steps)
+    mean, spread = values.mean(0), values.std(0, ddof=1) if len(runs) > 1 else None
+    if name == "eval_accuracy":
+        if spread is None:
+            spread = [points[0][step]["eval_accuracy_stderr"] for step in steps]
+        axis.errorbar(steps, mean, spread, marker="o", ms=3, capsize=2, label=label, color=colour)
+        return
+    axis.plot(steps, mean, label=label, color=colour, lw=1.2)
+    if spread is not None:
+        axis.fill_between(steps, mean - spread, mean + spread, alpha=0.2, color=colour, lw=0)
+
+
+def draw_runs(folders: list[Path]):
+    """Return a matplotlib figure of the metrics of one or many runs, without empty panels."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    groups = group_runs(folders)
+    everything = [record for runs in groups.values() for run in runs for record in run]
+    panels = [name for name in PANELS if any(r.get(name) is not None for r in everything)]
+    rows = -(-len(panels) // 3)
+    figure = Figure((11, 0.6 + 2.5 * rows), layout="constrained")
+    for i, name in enumerate(panels):
+        axis = figure.add_subplot(rows, 3, i + 1)
+        for (label, runs), colour in zip(groups.items(), COLOURS * len(groups), strict=False):
+            if all(any(r.get(name) is not None for r in run) for run in runs):
+                draw_series(axis, runs, name, label, colour)
+        label, unit, _ = describe(name)
+        axis.set_title(label if unit == "share" else f"{label}, {unit}")
+        axis.grid(alpha=0.3)
+        if unit == "share":
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    counts = [len(runs) for runs in groups.values()]
+    seeds = " and ".join(map(str, sorted(set(counts))))
+    title = f"{', '.join(groups)}: " if len(groups) == 1 else ""
+    title += (f"mean over {seeds} seeds, bands and bars: one standard deviation"
+              if max(counts) > 1 else "one run" + " each" * (len(groups) > 1) + ", bars: standard "
+              "errors")
+    figure.suptitle(f"{title}; by training step")
+    if len(groups) > 1:
+        handles = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=min(len(groups), 4))
+    return figure
 
 
 def plot_runs(folders: list[Path], out: Path) -> Path:
     """Draw the metrics of one or many runs to a picture; return its path."""
-    from matplotlib.figure import Figure
-
-    groups, figure = group_runs(folders), Figure((16, 9), layout="constrained")
-    for axis, name in zip(figure.subplots(3, 4).flat, PANELS, strict=True):
-        for label, runs in groups.items():
-            draw_series(axis, runs, name, f"{label}, {len(runs)} run(s)")
-        label, unit, _ = describe(name)
-        axis.set(title=f"{label}, {unit}", xlabel="step")
-        axis.legend()
-    figure.suptitle("mean ± standard deviation over seeds")
-    figure.savefig(out)
+    draw_runs(folders).savefig(out, dpi=110)
     return out
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import run
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,3 +182,13 @@ def test_word_problems_are_right_and_split_by_their_numbers(tmp_path):
     for example in ({"5", "3"}, {"4", "6"}):
         assert example <= set(re.findall(r"\d+", shown))
         assert frozenset(example) not in numbers["train"] | numbers["test"]
+
+
+def test_the_figure_goes_where_it_is_told_and_nowhere_else(tmp_path):
+    script = str(ROOT / "demo" / "make_figure.py")
+    before = {path: path.stat().st_mtime for path in (ROOT / "demo").glob("*.png")}
+    assert run(script).returncode == 2  # --out is missing
+    done = run(script, "--out", str(tmp_path / "figure.png"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    assert before == {path: path.stat().st_mtime for path in (ROOT / "demo").glob("*.png")}

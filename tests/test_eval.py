@@ -836,7 +836,8 @@ def made_run(folder, preset, seed, level):
                   lr=1e-4, rho_positive=2.0 if preset == "a3po" else 1.0)
     (folder / "config.json").write_text(json.dumps(config))
     records = [dict(step=s, accuracy=level + 0.002 * s + 0.02 * rng.normal(), entropy=0.5,
-                    eval_accuracy=level + 0.002 * s) for s in range(30 + seed)]
+                    eval_accuracy=level + 0.002 * s, eval_accuracy_stderr=0.01)
+               for s in range(30 + seed)]
     write(folder / "metrics.jsonl", records)
     return folder
 
@@ -854,10 +855,39 @@ def test_runs_that_differ_in_the_seed_become_one_band(tmp_path, monkeypatch, cap
     import matplotlib.pyplot as pyplot
 
     axis = pyplot.subplots()[1]
-    evaluation.draw_series(axis, groups["a3po"], "accuracy", "x")
+    evaluation.draw_series(axis, groups["a3po"], "accuracy", "x", "k")
     [line], [_band] = axis.lines, axis.collections
     mean = np.mean([[r["accuracy"] for r in runs[:30]] for runs in groups["a3po"]], axis=0)
     assert np.allclose(line.get_ydata(), mean)  # at the 30 steps that all three have
     with pytest.raises(SystemExit):
         evaluation.main(["plot", "nowhere"])
     assert "nowhere/metrics.jsonl" in capsys.readouterr().err
+
+
+def test_pictures_are_true_for_one_run_and_for_many(tmp_path):
+    """No panel is empty, one legend names the groups, the title says what bars and bands are."""
+    folders = [made_run(tmp_path / f"{p}{s}", p, s, 0.3) for p in ("a3po", "dapo") for s in (0, 1)]
+    for chosen, legends, says in (
+        (folders[:1], 0, "a3po: one run, bars: standard errors"),
+        ([folders[0], folders[2]], 1, "one run each, bars: standard errors"),
+        (folders[:2], 0, "a3po: mean over 2 seeds, bands and bars: one standard deviation"),
+        (folders, 1, "mean over 2 seeds, bands and bars: one standard deviation"),
+    ):
+        figure = evaluation.draw_runs(chosen)
+        assert figure._suptitle.get_text().startswith(says) and len(figure.legends) == legends
+        assert all(axis.lines and not axis.get_legend() for axis in figure.axes)
+        titles = [axis.get_title() for axis in figure.axes]
+        assert "held-out accuracy" in titles and "truncated" not in titles  # not in these runs
+        held_out = figure.axes[titles.index("held-out accuracy")]
+        assert len(held_out.containers) == 1 + legends  # error bars
+        if legends:
+            names = [text.get_text() for text in figure.legends[0].get_texts()]
+            assert names == ["a3po", "dapo"]
+
+
+def test_groups_of_one_preset_are_told_apart_by_what_differs(tmp_path):
+    folders = [made_run(tmp_path / str(lr), "a3po", 0, 0.3) for lr in (1, 2)]
+    for folder, lr in zip(folders, (1e-5, 2e-5), strict=True):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | dict(lr=lr)))
+    assert list(evaluation.group_runs(folders)) == ["a3po, lr 1e-05", "a3po, lr 2e-05"]
