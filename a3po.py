@@ -758,8 +758,6 @@ def train(config: Config, run: RunFolder) -> None:
             if stop:
                 return
     run.finish()
-    if run.saved != config.steps:
-        raise UsageError("the trained model was not saved, see above")
 
 
 def run_eval(engine, tokenizer, judge, prompts: list[Prompt], config: Config) -> dict[str, float]:
@@ -791,6 +789,7 @@ def main(argv: list[str] | None = None) -> None:
         announce(config)
         check_config(config)
         run = RunFolder(dataclasses.asdict(config))
+        run.end_at_sigterm()
         train(config, run)
     except UsageError as error:
         if rank() == 0:

@@ -7,6 +7,7 @@ leaves a run that `--resume auto` can go on with.
 import json
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -52,6 +53,7 @@ class RunFolder:
         name = "{setting}-{preset}-seed{seed}-".format(**settings) + time.strftime("%m%d-%H%M%S")
         self.path = folder_path("--output_dir", settings["output_dir"] or f"runs/{name}")
         self.settings, self.printed, self.lines = settings, 0.0, 0
+        self.terminated = False
         self.step, self.saved, self.changed = None, None, []
         if (self.path / "metrics.jsonl").exists():
             if not settings["resume"]:
@@ -83,13 +85,22 @@ class RunFolder:
         say(f"no checkpoint to resume from: what was there is in {lost}, and step 0 comes next")
 
     def asked_to_stop(self) -> bool:
-        """Tell all ranks whether there is a file RUN/stop; it is removed."""
+        """Tell all ranks whether one got SIGTERM, or there is a file RUN/stop, which is removed."""
         stop = self.path / "stop"
-        there = gather([rank() == 0 and stop.exists()])[0]
-        if there and rank() == 0:
-            stop.unlink()
-            say(f"stopped by {stop}; go on with --resume auto --output_dir {self.path}")
-        return there
+        asked = any(gather([self.terminated or (rank() == 0 and stop.exists())]))
+        if asked and rank() == 0:
+            stop.unlink(missing_ok=True)
+            say(f"stopped as asked; go on with --resume auto --output_dir {self.path}")
+        return asked
+
+    def end_at_sigterm(self) -> None:
+        """End after the step, with a checkpoint, when a scheduler sends SIGTERM; a second one ends
+        at once."""
+        def terminate(number, frame):
+            self.terminated = True
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+        signal.signal(signal.SIGTERM, terminate)
 
     def where(self) -> str:
         """Return where an interrupted run stands."""
@@ -168,13 +179,16 @@ class RunFolder:
                 finish_reason=s.finish_reason))
 
     def finish(self) -> None:
-        """Draw the curves; print and write the before/after table."""
+        """Draw the curves; print and write the before/after table. Raises UsageError if the last
+        checkpoint could not be written."""
         if rank() == 0:
             plot_runs([self.path], self.path / "curves.png")
             table = before_after(self.path / "metrics.jsonl")
             replace_file(self.path / "summary.md", table + "\n")
             say(f"\n{table}\n\ntrained for {time.time() - self.opened:.0f} s; everything is in "
                 f"{self.path}/ (curves.png is the picture)")
+        if (self.saved or 0) != self.settings["steps"]:
+            raise UsageError("the trained model was not saved, see above")
 
 
 def show_example(sample: Sample, tokenizer) -> None:

@@ -97,11 +97,7 @@ fi
     --model "$MODEL" --seed "$SEED" --steps "$STEPS" --decay_rate "$DECAY_RATE" \
     --max_response_length "$RESPONSE" --gpu_memory "$GPU_MEMORY" --save_every 25 \
     --output_dir "$OUT/$METHOD-$SEED" --resume auto
-# Two machines of eight (the paper used 16 x H200): the same command on both, HOST is the name of
-# one, and --output_dir is on a file system that both see. Also never run:
-#
-#   torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 a3po.py \
-#       --setting paper --preset a3po --save_every 25 --output_dir /shared/run --resume auto
+# Two machines of eight: recipes/slurm_2x8.sh.
 
 # -----------------------------------------------------------------------------
 # 4. The trained model, sampled as the base was. The last checkpoint: picking the best one on AIME

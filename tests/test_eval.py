@@ -539,7 +539,8 @@ def test_help_has_the_protocol_and_the_file_names(capsys):
 
 
 def settings(path, **changes):
-    return dict(setting="demo", preset="a3po", seed=3, resume="", output_dir=str(path)) | changes
+    return dict(setting="demo", preset="a3po", seed=3, resume="", steps=60,
+                output_dir=str(path)) | changes
 
 
 def test_a_run_names_its_folder_and_writes_over_no_other(tmp_path, monkeypatch):
@@ -589,8 +590,12 @@ def test_a_run_folder_and_its_console(tmp_path, capsys, monkeypatch):
     folder.open(0)
     log(folder, range(60), [0, 20])
     folder.log_eval(60, evaluation.summarize("math", [records([1, 1])]))
+    folder.saved = 60
     folder.finish()
     out = capsys.readouterr().out
+    folder.saved = 40
+    with pytest.raises(UsageError, match="trained model was not saved"):
+        folder.finish()
     console = [line for line in out.splitlines() if line[:1] == " "]
     assert console[0] == "     0  held-out accuracy 0.500 +- 0.000, length 10.0"
     heading = ("  step    reward   entropy    length       rho |ratio-1|  mismatch      dead"
@@ -737,6 +742,7 @@ def test_other_ranks_take_rank_0s_folder_and_write_nothing(tmp_path, monkeypatch
     assert folder.checkpoints == Path("runs/of-rank-0/checkpoints")
     folder.open(0)
     log(folder, range(3), [0])
+    folder.saved = 60
     folder.finish()
     assert folder.checkpoints == Path("runs/of-rank-0/checkpoints")
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out

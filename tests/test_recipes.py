@@ -58,6 +58,7 @@ def commands(path) -> list[list[str]]:
     text = shell_text(path)
     values, found = defaults(text), []
     for line in text.splitlines():
+        line = re.sub(r"^srun (--\S+ )*", "", line)
         if not re.match(r"""\s*([A-Z]+=\S* )*["$]*(python|torchrun|PYTHON|TORCHRUN)\b""", line):
             continue
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)

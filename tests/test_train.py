@@ -91,6 +91,20 @@ def test_one_seed_gives_one_result_and_a_killed_run_resumes(whole_run, tmp_path)
     assert resumed == whole_run[1]
 
 
+def test_sigterm_saves_after_the_step_and_leaves_with_0(whole_run, tmp_path):
+    """What a scheduler sends before it takes the machine; the resumed run is the uninterrupted."""
+    folder = tmp_path / "run"
+    flags = [*SHORT, f"--output_dir={folder}", "--steps=6", "--eval_every=3", "--save_every=0"]
+    process = subprocess.Popen([sys.executable, *flags], cwd=ROOT, stdout=subprocess.PIPE)
+    while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 2:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out = process.communicate(timeout=100)[0].decode()
+    assert process.returncode == 0 and "stopped as asked" in out
+    assert len(list((folder / "checkpoints").glob("step_*/resume"))) == 1
+    assert train(folder, "--steps=6", "--eval_every=3", "--resume=auto") == whole_run[1]
+
+
 def test_the_checkpoint_is_the_trained_model(whole_run):
     """transformers and vLLM load it and give the same greedy answers."""
     done = run("tests/checkpoint_worker.py", str(whole_run[0] / "checkpoints" / "step_6"))
