@@ -36,6 +36,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -338,7 +339,7 @@ def update(policy, optimizer, mini_batches: list[list[dict]], config: Config, rh
     c, history = config, []
     for micro_batches in mini_batches:
         denominator, sums = count(micro_batches, c.loss_agg), {}
-        scale = scale_of(optimizer)
+        scale = optimizer.param_groups[0]["loss_scale"]
         for batch in micro_batches:
             if not batch["trained"]:
                 continue
@@ -376,7 +377,8 @@ def update(policy, optimizer, mini_batches: list[list[dict]], config: Config, rh
 
 
 def clip_gradients(policy, max_norm: float, scale: float) -> torch.Tensor:
-    """Divide the gradients by the loss scale, clip them; return their norm before that."""
+    """Divide the gradients by the loss scale, which keeps small ones in fp16; clip them; return
+    their norm before that."""
     if scale != 1:
         for parameter in policy.parameters():
             if parameter.grad is not None:
@@ -385,20 +387,21 @@ def clip_gradients(policy, max_norm: float, scale: float) -> torch.Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def scale_of(optimizer) -> float:
-    """Return what the loss is multiplied by, so that small gradients exist in fp16; else 1."""
-    return optimizer.param_groups[0].get("loss_scale", 1.0)
-
-
 def adjust_scale(optimizer, finite: bool) -> None:
-    """Halve the loss scale after a gradient that overflowed, double it after 200 that did not."""
+    """Halve fp16's loss scale after a gradient that overflowed, double it after 200 that did not.
+    Raises UsageError after the tenth in a row where that is no help."""
     group = optimizer.param_groups[0]
-    if "loss_scale" in group:
-        group["good_updates"] = group["good_updates"] + 1 if finite else 0
-        if not finite:
-            group["loss_scale"] /= 2
-        elif group["good_updates"] % 200 == 0:
+    if finite:
+        group["skipped"], group["good_updates"] = 0, group["good_updates"] + 1
+        if group["loss_scale"] > 1 and group["good_updates"] % 200 == 0:
             group["loss_scale"] *= 2
+        return
+    group["skipped"], group["good_updates"] = group["skipped"] + 1, 0
+    if group["loss_scale"] > 1:
+        group["loss_scale"] /= 2
+    elif group["skipped"] >= 10:
+        raise UsageError("ten gradients in a row were not finite: the weights may be damaged. Go "
+                         "back to a checkpoint, with a lower --lr or --max_grad_norm")
 
 
 def count(micro_batches: list[dict], loss_agg: str) -> torch.Tensor:
@@ -650,18 +653,18 @@ def build(config: Config, device: str, kernel: str, precision: torch.dtype | Non
     say("loading the model")
     head = dict(temperature=c.temperature, head_chunk=c.head_chunk, proxy_kappa=c.proxy_kappa,
                 autocast=precision if c.parallel == "ddp" else None)
-    model = load_model(c.model, device, kernel, c.gradient_checkpointing)
-    policy = distribute(Policy(model, **head), c.parallel, device, precision)
+    model = load_model(c.model, kernel, c.gradient_checkpointing)
+    policy = distribute(Policy(model, **head), c.parallel, device, precision, c.shard_ranks)
     reference = None
     if c.kl_coef and not c.proxy_kappa:
-        frozen = load_model(c.model, device, kernel).requires_grad_(False)
-        reference = Policy(frozen, **head)
+        reference = Policy(load_model(c.model, kernel).requires_grad_(False), **head)
         if c.parallel == "fsdp":  # DDP refuses a model without gradients, and needs none
-            reference = distribute(reference, "fsdp", device, precision)
+            reference = distribute(reference, "fsdp", device, precision, c.shard_ranks)
+        reference = reference.to(device).float()
     optimizer = torch.optim.AdamW(policy.parameters(), c.lr, (0.9, c.adam_beta2),
                                   weight_decay=c.weight_decay)
-    if precision == torch.float16:  # kept with the optimiser's state
-        optimizer.param_groups[0].update(loss_scale=2.0**16, good_updates=0)
+    optimizer.param_groups[0].update(  # saved with the optimiser's state
+        loss_scale=2.0**16 if precision == torch.float16 else 1.0, good_updates=0, skipped=0)
     return policy, model, reference, optimizer
 
 
@@ -792,10 +795,10 @@ def main(argv: list[str] | None = None) -> None:
         run.end_at_sigterm()
         train(config, run)
     except UsageError as error:
-        if rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
-        else:  # when one rank has ended, torchrun kills the others: rank 0 first says why
-            time.sleep(2)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(10)  # if all ranks have this error, torchrun ends this one meanwhile
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if rank() == 0:

@@ -94,6 +94,7 @@ class Config:
     max_grad_norm: float = opt(1.0, "gradient clipping [C]")
 
     parallel: str = opt("fsdp", "how ranks share the model", ("fsdp", "ddp"), "devices")
+    shard_ranks: int = opt(0, "ranks that share one copy of the states under fsdp, 0 = all")
     precision: str = opt("auto", "auto: bf16 on a GPU, fp32 on a CPU; fp16 has a smaller mismatch "
                          "(2510.26788)", ("auto", "bf16", "fp16", "fp32"))
     gradient_checkpointing: bool = opt(True, "recompute activations in the backward pass")
@@ -118,7 +119,7 @@ RANGES = {  # which values the fields may have
     "[0, inf)": "seed steps max_refills overlong_buffer positive_weight negative_weight "
                 "rho_positive rho_negative decay_rate clip_high dual_clip kl_coef tis_cap lr "
                 "warmup_steps weight_decay eval_every eval_limit eval_temperature save_every "
-                "keep_checkpoints log_rollouts",
+                "keep_checkpoints log_rollouts shard_ranks",
     "(0, inf)": "temperature max_grad_norm grade_timeout",
     "(0, 1]": "gpu_memory token_fraction entropy_fraction proxy_delta eval_top_p",
     "[0, 1]": "clip_low",
@@ -232,6 +233,8 @@ def check_config(config: Config) -> None:
     for ok, what in (
         (c.prompts_per_step % world_size() == 0, f"--prompts_per_step {c.prompts_per_step} is not "
          f"divisible by the {world_size()} ranks: change one of them"),
+        (world_size() % (c.shard_ranks or 1) == 0, f"--shard_ranks {c.shard_ranks} does not divide "
+         f"the {world_size()} ranks"),
         (c.mini_batches <= c.prompts_per_step, f"--mini_batches {c.mini_batches}: give at most "
          f"--prompts_per_step ({c.prompts_per_step})"),
         (c.kl_coef or not c.proxy_kappa, "--proxy_kappa needs a --kl_coef above 0"),

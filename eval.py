@@ -743,8 +743,7 @@ def run(args: argparse.Namespace) -> None:
             args.model, tokenizer, seed=args.seed,
             max_model_len=min(config.max_position_embeddings, longest + args.max_response_length),
             gpu_memory=0.9, tensor_parallel=args.tensor_parallel)
-    cores = len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])
-    with Graders(workers=min(16, max(1, cores))) as graders:
+    with Graders() as graders:
         judge = rollout.judge_by_rules(graders)
         for name in benches:
             metrics, groups = evaluate(

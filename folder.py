@@ -118,11 +118,15 @@ class RunFolder:
 
     def open(self, start: int) -> None:
         """Make the folder. Where it holds a run, drop the lines of `start` and later steps: they
-        will be written again."""
+        will be written again. Raises UsageError where some ranks do not see it."""
         self.opened = time.time()
         self.saved = start or None
-        if rank() != 0:
-            return
+        if rank() == 0:
+            self.make(start)
+        gather([])  # rank 0 has made it
+        all_see(self.path / "config.json")
+
+    def make(self, start: int) -> None:
         if start == 0 and (self.path / "metrics.jsonl").exists():
             self.set_aside()
         about = self.settings | dict(output_dir=str(self.path), environment=environment())
@@ -289,7 +293,9 @@ class Checkpoints:
         the sampler's state), (0, {}) where there is none. Raises UsageError where none can be read.
         """
         found = [path.parent for path in self.folder.glob("step_*/resume/step.json")]
+        found = gather([found])[0]  # rank 0 decides
         for newest in sorted(found, key=lambda path: step_of(path.parent), reverse=True):
+            all_see(newest)
             try:
                 at = json.loads((newest / "step.json").read_text())
                 state = self.training_state()
@@ -309,6 +315,14 @@ class Checkpoints:
     def training_state(self) -> dict:
         model_state, optimizer_state = get_state_dict(self.policy, self.optimizer)
         return {"model": model_state, "optimizer": optimizer_state}
+
+
+def all_see(path: Path) -> None:
+    """Raise UsageError on all ranks if one does not see the path."""
+    blind = [r for r, sees in enumerate(gather([path.exists()])) if not sees]
+    if blind:
+        raise UsageError(f"{path} is not there for rank(s) {', '.join(map(str, blind))}: give an "
+                         "--output_dir in a file system that all machines share")
 
 
 def last_line(error: BaseException) -> str:

@@ -337,17 +337,16 @@ def check_model(name: str, config) -> None:
             "check that vLLM and the trainer agree about it")
 
 
-def load_model(path: str, device: str, kernel: str, checkpointing: bool = False) -> nn.Module:
-    """Return the model in float32: bf16 weights would lose updates of 1e-6. Dropout is off, so that
-    the ratio of an unchanged policy is 1. kernel: see attention_layout. Raises UsageError for what
-    Policy would compute wrongly."""
+def load_model(path: str, kernel: str, checkpointing: bool = False) -> nn.Module:
+    """Return the model on the CPU, in the dtype of its files. Dropout is off, so that the ratio of
+    an unchanged policy is 1. kernel: see attention_layout. Raises UsageError for what Policy would
+    compute wrongly."""
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     # For a name that has no mask function transformers makes no mask, and reads no positions back
     AttentionInterface.register("varlen", varlen_attention)
     AttentionInterface.register("grids", grid_attention)
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation=kernel)
-    model = model.to(device).float()
     # Where vLLM has no model of its own for a family it decorates this one's class, after this
     model.get_decoder().do_not_compile = True
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
@@ -362,18 +361,30 @@ def load_model(path: str, device: str, kernel: str, checkpointing: bool = False)
     return model.train()
 
 
-def distribute(policy: Policy, parallel: str, device: str, precision: torch.dtype | None):
-    """Share the policy among the ranks: "fsdp" shards every layer (FSDP2), "ddp" replicates.
-    precision: the dtype that FSDP computes in; its gradients are reduced in float32."""
+def distribute(policy: Policy, parallel: str, device: str, precision: torch.dtype | None = None,
+               shard_ranks: int = 0):
+    """Move the policy to the device, in float32 (bf16 weights would lose updates of 1e-6), and
+    share it among the ranks: "fsdp" shards every layer (FSDP2), "ddp" replicates.
+
+    precision: the dtype that FSDP computes in; its gradients are reduced in float32. shard_ranks:
+    how many ranks in a row hold one copy, those of a machine for example; 0 is all.
+    """
     if parallel == "fsdp" and (world_size() > 1 or device != "cpu" or precision):
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        options: dict = dict(mesh=dist.init_device_mesh(device.partition(":")[0], (world_size(),)))
+        shards = shard_ranks or world_size()
+        shape, names = (world_size() // shards, shards), ("replicate", "shard")
+        if shape[0] == 1:
+            shape, names = shape[1:], names[1:]
+        mesh = dist.init_device_mesh(device.partition(":")[0], shape, mesh_dim_names=names)
+        options: dict = dict(mesh=mesh)
         if precision:
             options["mp_policy"] = MixedPrecisionPolicy(precision, reduce_dtype=torch.float32)
-        for layer in policy.model.get_decoder().layers:
-            fully_shard(layer, **options)
-        return fully_shard(policy, **options)
+        children = policy.model.get_decoder().children()
+        for layer in next(child for child in children if isinstance(child, nn.ModuleList)):
+            fully_shard(layer.to(device).float(), **options)  # a layer at a time: 32B is 131 GB
+        return fully_shard(policy.to(device).float(), **options)
+    policy = policy.to(device).float()
     if world_size() > 1:
         return nn.parallel.DistributedDataParallel(policy)
     return policy

@@ -340,7 +340,8 @@ class Graders:
     code row's time_limit wins). Thread-safe. `counts` holds how often each status occurred."""
 
     def __init__(self, workers: int | None = None, timeout: float = 10.0):
-        self.workers = workers or min(16, len(os.sched_getaffinity(0)))
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.workers = workers or min(16, max(1, cores))  # the ranks of a machine share its cores
         self.timeout = timeout
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()

@@ -44,7 +44,8 @@ class Recorder:
     """In the optimiser's place: keeps the gradient and takes no step."""
 
     def __init__(self, model: torch.nn.Module):
-        self.model, self.gradient, self.param_groups = model, {}, [{}]
+        self.model, self.gradient = model, {}
+        self.param_groups = [dict(loss_scale=1.0, good_updates=0, skipped=0)]
 
     def step(self) -> None:
         for name, parameter in self.model.named_parameters():

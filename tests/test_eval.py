@@ -737,6 +737,7 @@ def test_other_ranks_take_rank_0s_folder_and_write_nothing(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("folder.gather", lambda paths: [Path("runs/of-rank-0"), *paths])
+    monkeypatch.setattr("folder.all_see", lambda path: None)
     folder = RunFolder(settings(""))
     folder.agree()
     assert folder.checkpoints == Path("runs/of-rank-0/checkpoints")

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, run
 
 import a3po
-from folder import Checkpoints, RunFolder
+from folder import Checkpoints, RunFolder, all_see
 from rollout import load_tokenizer
 from verify import UsageError
 
@@ -142,6 +142,42 @@ def test_the_program_says_what_it_lacks():
 def test_a_mistake_under_torchrun_is_said_once():
     done = run("a3po.py", "--setting=demo", "--tis_cap=-1", ranks=2)
     assert done.returncode and done.stderr.count("error: --tis_cap -1.0") == 1
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_is_said_and_ends_all(tmp_path):
+    (tmp_path / "taste.py").write_text(
+        "import os\nif os.environ['RANK'] == '1': raise ImportError('not on this machine')\n"
+        "def length(response, problem): return len(response)\n")
+    done = run(str(ROOT / "a3po.py"), "--setting=demo", "--reward=taste:length", ranks=2,
+               cwd=tmp_path, timeout=100)
+    assert done.returncode and done.stderr.count("(not on this machine)") == 1
+
+
+def test_a_folder_that_a_rank_does_not_see_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("folder.gather", lambda sees: [True, *sees, True, False])
+    with pytest.raises(UsageError, match=r"nowhere is not there for rank\(s\) 1, 3: give an --out"):
+        all_see(tmp_path / "nowhere")
+
+
+def test_ten_bad_gradients_in_a_row_end_the_run(parts):
+    optimizer = parts[2]
+    group = optimizer.param_groups[0]
+    for bad in range(9):
+        a3po.adjust_scale(optimizer, finite=False)
+    a3po.adjust_scale(optimizer, finite=True)
+    for bad in range(9):
+        a3po.adjust_scale(optimizer, finite=False)
+    with pytest.raises(UsageError, match="ten gradients in a row were not finite"):
+        a3po.adjust_scale(optimizer, finite=False)
+    group.update(loss_scale=2.0**16, skipped=0)
+    for bad in range(12):  # fp16: the scale was too high
+        a3po.adjust_scale(optimizer, finite=False)
+    assert group["loss_scale"] == 2.0**4
+    for good in range(400):
+        a3po.adjust_scale(optimizer, finite=True)
+    assert group["loss_scale"] == 2.0**6
+    group.update(loss_scale=1.0, skipped=0)
 
 
 def test_check_reads_all_inputs_and_starts_nothing(tmp_path, capsys, monkeypatch):
