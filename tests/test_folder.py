@@ -163,18 +163,18 @@ def test_a_folder_that_a_rank_does_not_see_is_one_sentence(tmp_path, monkeypatch
 def test_ten_bad_gradients_in_a_row_end_the_run(parts):
     optimizer = parts[2]
     group = optimizer.param_groups[0]
-    for bad in range(9):
+    for _ in range(9):
         a3po.adjust_scale(optimizer, finite=False)
     a3po.adjust_scale(optimizer, finite=True)
-    for bad in range(9):
+    for _ in range(9):
         a3po.adjust_scale(optimizer, finite=False)
     with pytest.raises(UsageError, match="ten gradients in a row were not finite"):
         a3po.adjust_scale(optimizer, finite=False)
     group.update(loss_scale=2.0**16, skipped=0)
-    for bad in range(12):  # fp16: the scale was too high
+    for _ in range(12):  # fp16: the scale was too high
         a3po.adjust_scale(optimizer, finite=False)
     assert group["loss_scale"] == 2.0**4
-    for good in range(400):
+    for _ in range(400):
         a3po.adjust_scale(optimizer, finite=True)
     assert group["loss_scale"] == 2.0**6
     group.update(loss_scale=1.0, skipped=0)

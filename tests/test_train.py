@@ -187,6 +187,13 @@ def test_the_demos_values_are_not_kept_in_silence(capsys):
 
 
 @pytest.mark.slow
+def test_three_kills_change_nothing():
+    done = run("tests/kills.py", "--kills=3", timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "3 kills, 7 steps: every line" in done.stdout
+
+
+@pytest.mark.slow
 def test_grpo_with_its_reference_model_runs(tmp_path):
     lines = train(tmp_path / "grpo", "--preset=grpo", "--steps=2", "--eval_every=0")
     steps = [line for line in lines if "reward" in line]

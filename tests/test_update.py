@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_model, run
 from gradient_worker import Recorder, fixed_samples, one_mini_batch
+from model_worker import make
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
@@ -217,6 +218,20 @@ def test_gradient_does_not_depend_on_micro_batches_or_ranks(tmp_path, tiny_model
             assert torch.allclose(weight, other["weights"][name], atol=2e-4), (split, name)
         for key, value in whole["metrics"].items():
             assert other["metrics"][key] == pytest.approx(value, rel=1e-4, abs=1e-5), (split, key)
+
+
+@pytest.mark.slow
+def test_copies_within_machines_have_the_gradient_of_one(tmp_path, tiny_model):
+    """HSDP: two copies, each over two ranks; also where the layers are not called `layers`."""
+    whole = worker(tmp_path, tiny_model, 1, "fsdp", 100_000)
+    parts = worker(tmp_path, tiny_model, 4, "fsdp", 60, "--shard_ranks=2")
+    for name, gradient in whole["gradient"].items():
+        assert (gradient - parts["gradient"][name]).abs().max() <= 1e-5 * gradient.abs().max(), name
+    for key, value in whole["metrics"].items():
+        assert parts["metrics"][key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+    make("gpt2", tmp_path / "gpt2")
+    gpt2 = [worker(tmp_path, str(tmp_path / "gpt2"), n, "fsdp", 60)["metrics"] for n in (1, 2)]
+    assert gpt2[0]["grad_norm"] == pytest.approx(gpt2[1]["grad_norm"], rel=1e-5)
 
 
 def test_fresh_policy_has_ratio_one_whatever_the_batching(tiny_model):
