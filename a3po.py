@@ -698,7 +698,7 @@ def start_engine(config: Config, tokenizer, precision: torch.dtype | None) -> ro
     return rollout.Engine(
         c.model, tokenizer, max_num_seqs=c.max_num_seqs, gpu_memory=c.gpu_memory, seed=c.seed,
         max_model_len=c.max_prompt_length + c.max_response_length,
-        dtype=precision or torch.float32,
+        dtype=precision or torch.float32, template=c.template,
     )
 
 
@@ -786,6 +786,11 @@ def announce(config: Config) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if "--dry_run" in argv:
+        import plan
+
+        return plan.main([flag for flag in argv if flag != "--dry_run"])
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours are enough
     config, run = parse_args(argv), None
     try:

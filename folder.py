@@ -153,6 +153,9 @@ class RunFolder:
         total = sum(value for name, value in metrics.items() if name.startswith("seconds_"))
         metrics |= dict(tokens_per_second=metrics["rollout_tokens"] / total, seconds=total)
         self.append("metrics.jsonl", metrics)
+        if self.step is None and metrics["truncated"] > 0.5:
+            say(f"NOTE: {metrics['truncated']:.0%} of the responses are cut off at their limit, so "
+                "wrong: raise --max_response_length, or try another --template")
         self.step = metrics["step"]
         if time.time() - self.printed >= 2:
             if self.lines == 0:

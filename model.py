@@ -15,6 +15,8 @@ from torch import nn
 from rollout import Sample, gather, say, world_size
 from verify import UsageError
 
+GPU = torch.cuda.is_available()  # where matrix products of 16 bits can have 32-bit results
+
 # ---- token log-probabilities --------------------------------------------------------------------
 
 
@@ -85,7 +87,7 @@ class TokenLogprobs(torch.autograd.Function):
 def compute_logits(hidden, weight, temperature):
     """Return hidden @ weight.T / temperature in float32: (N, H), (V, H) -> (N, V). In 16 bits the
     logits would be rounded to 0.1 at 16, by more than an update moves them."""
-    if hidden.dtype != torch.float32 and hidden.is_cuda:
+    if hidden.dtype != torch.float32 and GPU:
         logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
     else:
         logits = hidden.float() @ weight.T.float()
@@ -94,7 +96,7 @@ def compute_logits(hidden, weight, temperature):
 
 def add_product(total, a, b):
     """Add a @ b to total, in float32, without a temporary of its size: (V, N), (N, H), (V, H)."""
-    if a.dtype != torch.float32 and a.is_cuda:
+    if a.dtype != torch.float32 and GPU:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a.float(), b.float())

@@ -294,9 +294,9 @@ def fingerprint(model: str) -> str:
     return digest.hexdigest()[:16] if Path(model).is_dir() else ""
 
 
-def stop_token_ids(tokenizer, model: str) -> list[int]:
-    """Return all ids that end a response: the tokenizer's EOS and the generation config's, which
-    for chat models are often not the same."""
+def stop_token_ids(tokenizer, model: str, template: str = "auto") -> list[int]:
+    """Return all ids that end a response: the tokenizer's EOS, the generation config's, and with a
+    chat template the token that ends a turn: a base model's EOS is often not that one."""
     from transformers import GenerationConfig
 
     try:
@@ -304,6 +304,11 @@ def stop_token_ids(tokenizer, model: str) -> list[int]:
     except OSError:  # the file is optional
         ids = None
     ids = ids if isinstance(ids, list) else [ids]
+    if tokenizer.chat_template and template in ("auto", "chat"):
+        turns = [dict(role="user", content="?"), dict(role="assistant", content="ANSWER")]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        after = tokenizer(text.rpartition("ANSWER")[2].strip(), add_special_tokens=False).input_ids
+        ids += [i for i in after[:1] if i in tokenizer.added_tokens_decoder]
     return sorted({i for i in [tokenizer.eos_token_id, *ids] if i is not None})
 
 
@@ -316,7 +321,8 @@ class Engine:
     """
 
     def __init__(self, model: str, tokenizer, *, max_model_len: int, max_num_seqs: int = 256,
-                 gpu_memory: float = 0.6, seed: int = 0, tensor_parallel: int = 1, dtype=None):
+                 gpu_memory: float = 0.6, seed: int = 0, tensor_parallel: int = 1, dtype=None,
+                 template: str = "auto"):
         import torch
         from transformers import AutoConfig
 
@@ -351,7 +357,8 @@ class Engine:
             generation_config="vllm",  # nothing but our own sampling parameters
             disable_log_stats=True, use_tqdm_on_load=False, **device_options,
         )  # fmt: skip
-        self.max_model_len, self.stop_ids = max_model_len, stop_token_ids(tokenizer, model)
+        self.max_model_len = max_model_len
+        self.stop_ids = stop_token_ids(tokenizer, model, template)
         self.tensor_parallel, self.tied = tensor_parallel, config.tie_word_embeddings
         self.asleep = False
 

@@ -480,12 +480,13 @@ def test_bad_input_is_one_sentence(flags, says, capsys, monkeypatch):
 
 # The metrics of a training run with a reference model, besides those of its evaluations.
 TRAINED = set("""
-    step reward accuracy response_length response_length_positive response_length_negative truncated
-    no_answer grader_timeout grader_error grader_bad_reference groups_drawn dead_groups
-    dead_all_correct rollout_tokens entropy entropy_positive entropy_negative mismatch_mean
-    mismatch_max tis_weight tis_capped kl_ref ratio clip_low clip_high kl_old loss ratio_max
-    ratio_max_deviation grad_norm updates skipped_updates tokens_per_second seconds seconds_generate
-    seconds_grade seconds_score seconds_update seconds_sync rho_positive rho_negative lr
+    step reward accuracy response_length response_length_positive response_length_negative
+    truncated no_answer grader_timeout grader_error grader_bad_reference groups_drawn
+    surplus_groups dead_groups dead_all_correct rollout_tokens entropy entropy_positive
+    entropy_negative mismatch_mean mismatch_max tis_weight tis_capped kl_ref ratio clip_low
+    clip_high kl_old loss ratio_max ratio_max_deviation grad_norm updates skipped_updates
+    tokens_per_second seconds seconds_generate seconds_grade seconds_score seconds_update
+    seconds_sync rho_positive rho_negative lr
 """.split())
 
 
@@ -706,6 +707,7 @@ def test_going_on_drops_what_will_be_written_again(tmp_path, capsys):
     log(again, range(3, 6), [0, 3, 5])
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert (cut.path / name).read_text() == (whole.path / name).read_text()
+    whole.saved = again.saved = 60
     whole.finish()
     again.finish()
     assert (cut.path / "summary.md").read_text() == (whole.path / "summary.md").read_text()

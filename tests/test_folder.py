@@ -197,7 +197,7 @@ def test_run_sh_checks_before_it_starts_torchrun(tmp_path):
     bin = tmp_path / "bin"
     bin.mkdir()
     (tmp_path / f".installed-gpu-{sums}").touch()
-    for name, does in (("nvidia-smi", "echo 1; echo 2"), ("torchrun", 'echo "torchrun $*"'),
+    for name, does in (("nvidia-smi", "echo 81559; echo 81559"), ("torchrun", 'echo "torchrun $*"'),
                        ("python", 'echo "$WORLD_SIZE $*"; [ "${!#}" != --seed=-1 ]')):
         (bin / name).write_text(f"#!/bin/bash\n{does}\n")
         (bin / name).chmod(0o755)
@@ -206,4 +206,5 @@ def test_run_sh_checks_before_it_starts_torchrun(tmp_path):
         done = subprocess.run(["bash", "run.sh", "train", flag], cwd=ROOT, env=env,
                               capture_output=True, text=True)
         assert f"2 a3po.py --setting paper --check {flag}" in done.stdout, done.stderr
+        assert (f"a3po.py --dry_run --gpus 2 --gpu_gb 79 {flag}" in done.stdout) == ok
         assert ("torchrun" in done.stdout) == ok and (done.returncode == 0) == ok

@@ -1,5 +1,6 @@
 """Data, template, sampler (fast); the engine and its weight sync (real vLLM, in a subprocess)."""
 
+import copy
 import json
 import time
 from concurrent.futures import Future
@@ -329,3 +330,14 @@ def test_engine_follows_the_trainer(tmp_path, tied):
     assert report["same_alone_as_in_a_batch"] and report["seeds_differ"]
     assert report["stopped"] > 0 and report["all_stops_end_with_eos"]
     assert report["greedy_agrees"]
+
+
+@pytest.mark.parametrize("template, stops", [
+    ("auto", ["<eos>", "<pad>"]), ("chat", ["<eos>", "<pad>"]), ("plain", ["<eos>"]),
+    ("Q: {problem}", ["<eos>"])])
+def test_a_turn_that_the_chat_template_ends_ends_a_response(template, stops, tokenizer):
+    """As in base models, whose EOS is another token than the one that ends a turn."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<pad>\n{% endfor %}"
+    ids = rollout.stop_token_ids(tokenizer, str(ROOT / "demo" / "model"), template)
+    assert ids == sorted(map(tokenizer.convert_tokens_to_ids, stops))
