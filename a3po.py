@@ -52,17 +52,15 @@ try:
     import eval as evaluation
     import rollout
     import verify
+    from checks import check_agreement, check_model, sync
     from config import SETTINGS, Config, check_config, parse_args
     from data import load_problems
     from folder import Checkpoints, RunFolder, show_example
     from model import (
         Policy,
-        check_agreement,
-        check_model,
         collate,
         deal,
         distribute,
-        full_weights,
         load_model,
         pack,
     )
@@ -718,7 +716,7 @@ def train(config: Config, run: RunFolder) -> None:
     sampler.restore(state)
     engine = start_engine(config, tokenizer, precision)
     if start:
-        engine.load_weights(full_weights(model, precision))
+        sync(engine, model, precision)
     run.open(start)
 
     progress = tqdm(range(start, config.steps + 1), "training", config.steps, initial=start,
@@ -750,7 +748,7 @@ def train(config: Config, run: RunFolder) -> None:
                 diagnostics = update(policy, optimizer, mini_batches, config, rho)
             # Sync: vLLM samples the next step from the new policy
             with timed(seconds, "sync"):
-                engine.load_weights(full_weights(model, precision))
+                sync(engine, model, precision)
 
             metrics = dict(step=step) | rollout_metrics(drawn, config) | token_metrics(mini_batches)
             run.log_step(metrics | diagnostics | seconds | rho | dict(lr=lr))

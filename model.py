@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from rollout import Sample, gather, say, world_size
+from rollout import Sample, world_size
 from verify import UsageError
 
 GPU = torch.cuda.is_available()  # where matrix products of 16 bits can have 32-bit results
@@ -283,60 +283,6 @@ class Policy(nn.Module):
         blank = torch.zeros(batch["mask"].numel(), device=hidden.device)
         padded = [blank.scatter(0, batch["places"], x).view_as(batch["mask"]) for x in outputs]
         return [x.clone() for x in padded]  # FSDP warns of views
-
-
-def check_agreement(policy, mini_batches: list[list[dict]], limit: float) -> None:
-    """Stop a run in which vLLM and the trainer are not the same model, whatever the reason, or in
-    which the policy does not repeat itself; looks at the first micro-batch of each rank."""
-    for batch in sum(mini_batches, [])[:1]:
-        with torch.no_grad():
-            logprobs = policy(batch)[0]
-        mask, old = batch["mask"], batch.get("old_logprobs", logprobs)
-        known = mask & batch["rollout_logprobs"].isfinite()
-        gap = (logprobs - batch["rollout_logprobs"]).abs().where(known, 0.0).sum()
-        moved = ((logprobs - old).abs() * mask).max().expm1()
-        gaps, tokens, moves = zip(*gather([(gap.item(), known.sum().item(), moved.item())]),
-                                  strict=True)
-        mismatch = sum(gaps) / max(sum(tokens), 1)
-        if not mismatch <= limit:
-            raise UsageError(
-                f"vLLM and the trainer disagree about the same tokens: mismatch_mean {mismatch:.2g}"
-                f" where {limit:g} is usual. Causes: a model whose logits are scaled, or whose "
-                "attention has a window; a weight that does not reach vLLM; see README, models")
-        if not all(move <= 1e-3 for move in moves):
-            raise UsageError(
-                f"the trainer does not repeat itself: ratio_max_deviation {max(moves):.2g} "
-                "without an update in between, where 1e-5 is usual. Causes: dropout, a model with "
-                "a state of its own")
-
-
-# Families of which a tiny model is trained in tests/test_models.py, by config.model_type
-FAMILIES = dict(
-    llama="Llama, SmolLM2", qwen2="Qwen2, Qwen2.5", qwen3="Qwen3", gemma="Gemma 1", phi3="Phi-3",
-    mistral="Mistral without window", smollm3="SmolLM3", olmo2="OLMo 2", glm4="GLM-4",
-    starcoder2="StarCoder2 without window", gpt_neox="GPT-NeoX", gpt2="GPT-2",
-)  # fmt: skip
-
-
-def check_model(name: str, config) -> None:
-    """Refuse a model that would be trained wrongly, by its configuration; say if its family was
-    never tried."""
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
-    scales = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    experts = ("num_experts", "num_local_experts", "n_routed_experts")
-    for wrong, what in (
-        (layers != {"full_attention"}, "layers without full attention"),
-        (window < config.max_position_embeddings, "attention with a window"),
-        (any(getattr(config, key, None) not in (None, 1.0) for key in scales), "rescaled logits"),
-        (any(getattr(config, key, None) for key in experts), "a mixture of experts"),
-    ):
-        if wrong:
-            raise UsageError(f"model {name!r} ({config.model_type}) has {what}, which cannot be "
-                             f"trained here; these can: {', '.join(FAMILIES.values())}")
-    if config.model_type not in FAMILIES:
-        say(f"NOTE: a model of type {config.model_type} was never tried here; the first two steps "
-            "check that vLLM and the trainer agree about it")
 
 
 def load_model(path: str, kernel: str, checkpointing: bool = False) -> nn.Module:

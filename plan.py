@@ -40,7 +40,7 @@ def measure(argv: list[str]) -> dict:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     config = a3po.parse_args(argv)
     about = AutoConfig.from_pretrained(config.model)
-    model.check_model(config.model, about)
+    a3po.check_model(config.model, about)
     make_mesh = dist.init_device_mesh
 
     def mesh(*args, **kwargs):  # it reads values, which fake tensors have not

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 from gradient_worker import fixed_samples, one_mini_batch  # noqa: E402
 
 import a3po  # noqa: E402
+import checks  # noqa: E402
 import rollout  # noqa: E402
 from model import full_weights  # noqa: E402
 from verify import Grade  # noqa: E402
@@ -98,6 +99,9 @@ def main(family: str, folder: str) -> None:
             metrics = a3po.update(policy, optimizer, mini_batches, config, a3po.rho_at(0, config))
             report["ratio"] = metrics["ratio_max_deviation"]
             engine.load_weights(full_weights(inner))
+    sent = {name: (tuple(tensor.shape),) for name, tensor in full_weights(inner)}
+    [report["unmatched"]] = engine.llm.apply_model(
+        lambda model: [name for name in sent if not checks.held_by(model, name, sent)[0]])
     print(json.dumps(report))
 
 
