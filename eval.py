@@ -25,11 +25,11 @@ import dataclasses
 import fcntl
 import importlib.metadata
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable
 from functools import lru_cache
@@ -405,8 +405,10 @@ def folder_path(flag: str, folder: str) -> Path:
     if Path(folder).exists() and not Path(folder).is_dir():
         raise UsageError(f"{flag} {folder}: not a folder")
     there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
-    if not os.access(there, os.W_OK):
-        raise UsageError(f"{flag} {folder}: {there} cannot be written to")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as why:
+        raise UsageError(f"{flag} {folder}: {there} cannot be written to ({why.strerror})") from None
     return Path(folder)
 
 

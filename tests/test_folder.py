@@ -111,6 +111,13 @@ def test_metrics_that_cannot_be_written_end_the_run(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_a_folder_that_cannot_be_written_is_found_before_anything_loads(capsys, monkeypatch):
+    monkeypatch.setattr(a3po, "load_inputs", lambda _: pytest.fail("work started"))
+    with pytest.raises(SystemExit):
+        a3po.main(["--setting=demo", "--output_dir=/proc/run"])  # not even root can
+    assert "--output_dir /proc/run: /proc cannot be written to" in capsys.readouterr().err
+
+
 # ---- what is missing ----------------------------------------------------------------------------
 
 WITHOUT = """
