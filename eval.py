@@ -408,7 +408,8 @@ def folder_path(flag: str, folder: str) -> Path:
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as why:
-        raise UsageError(f"{flag} {folder}: {there} cannot be written to ({why.strerror})") from None
+        raise UsageError(f"{flag} {folder}: {there} cannot be written to "
+                         f"({why.strerror})") from None
     return Path(folder)
 
 
