@@ -771,16 +771,18 @@ def run_eval(engine, tokenizer, judge, prompts: list[Prompt], config: Config) ->
     )[0]
 
 
-def announce(config: Config) -> None:
+def announce(config: Config, argv: list[str]) -> None:
     """Say what will run, and which of the demo's values stay with a user's own model or data."""
     other = {"paper": "the demo: --setting demo", "demo": "the paper's: --setting paper"}
     say(f"{config.preset} in the {config.setting} setting: {config.model} on {config.data}, "
         f"{config.steps} steps of {config.prompts_per_step} x {config.group_size} responses, "
         f"{world_size()} rank(s). For {other[config.setting]}")
     demo, names = SETTINGS["demo"], ("max_prompt_length", "max_response_length", "lr", "eval_data")
-    kept = [f"--{name} {demo[name]}" for name in names if getattr(config, name) == demo[name]]
-    if config.setting == "demo" and (config.model, config.data) != (demo["model"], demo["data"]):
-        say(f"NOTE: the demo's values, not changed for your own: {', '.join(kept) or 'none'}")
+    given = {flag.partition("=")[0] for flag in argv}
+    kept = [f"--{name} {demo[name]}" for name in names if f"--{name}" not in given]
+    own = (config.model, config.data) != (demo["model"], demo["data"])
+    if config.setting == "demo" and own and kept:
+        say(f"NOTE: made for the demo, and not changed for your own: {', '.join(kept)}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -792,7 +794,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours are enough
     config, run = parse_args(argv), None
     try:
-        announce(config)
+        announce(config, argv)
         check_config(config)
         run = RunFolder(dataclasses.asdict(config))
         run.end_at_sigterm()

@@ -20,8 +20,7 @@ echo "== everything is in $WORK"
 
 # -----------------------------------------------------------------------------
 # 1. The model: a hub name, or a folder that save_pretrained wrote: config.json, weights, tokenizer.
-#    What it needs: layers of full attention, logits that are not rescaled, a head without a bias.
-#    Qwen2, Qwen2.5, Qwen3, Llama are such; sliding windows and Gemma's softcap are refused.
+#    Families that work: see "Model" in the README; what does not is refused before anything loads.
 #    What it has to be able to do: solve some of your problems some of the time. Step 5 shows it.
 
 # -----------------------------------------------------------------------------
@@ -62,8 +61,10 @@ printf '%s\n%s\n%s' '{problem}' \
 # 4. The reward: function(response, problem) -> a number, or (number, correct). problem.text and
 #    problem.reference are the row's problem and answer. `correct` decides which tokens A3PO
 #    amplifies and what counts as accuracy; without it the sign of the advantage does.
-#    It is called on every response by the rank that sampled it, in the training process: keep it
-#    fast, let it never raise, and do not run a program there that the model wrote (sandbox.py can).
+#    It is called on every response by the rank that sampled it, in 16 threads of the training
+#    process. If it raises, gives no finite number or takes over --grade_timeout, that is counted
+#    (reward_errors), shown once, and the response gets the lowest reward of its group. Do not run a
+#    program there that the model wrote (sandbox.py can).
 #    Here: 1 for the right answer and 0.1 for any answer in a box, so that the form is learnt first.
 cat >"$WORK/my_reward.py" <<'EOF'
 from verify import extract_answer
@@ -92,9 +93,11 @@ EOF
     --top_p 1 --max_response_length 64 --template "$(cat "$WORK/template.txt")" --out "$WORK/before"
 
 # -----------------------------------------------------------------------------
-# 6. Train. --setting demo gives the small batch, short lengths and the learning rate of a tiny
-#    model (1.5e-4). A real model wants `--setting paper --lr 1e-6` and the lengths of its answers:
-#    then look at recipes/one_gpu.sh.
+# 6. Train. --setting demo gives the small batch and the learning rate of a tiny model (1.5e-4), and
+#    64 tokens for a prompt and for an answer, here written out: with your own model or data a line
+#    at start names the demo's values that you have not changed. A real model wants
+#    `--setting paper --lr 1e-6` and the lengths of its answers: then look at recipes/one_gpu.sh; on
+#    a CPU, at `bash run.sh smollm2`, whose command is such a run.
 #    PYTHONPATH is for --reward; a module in the folder where you stand is found without it.
 #    --eval_data is scored by the built-in graders, not by your reward: it says whether answers are
 #    right. Give --eval_data "" if there is nothing to compare with.
@@ -102,7 +105,8 @@ EOF
 #    rollouts.jsonl, where a reward that can be cheated shows long before the curves do.
 PYTHONPATH="$WORK" "$PYTHON" a3po.py --setting demo --model "$MODEL" --data "$WORK/train.jsonl" \
     --eval_data "$WORK/test.jsonl" --template "$(cat "$WORK/template.txt")" \
-    --reward my_reward:score --steps "$STEPS" --eval_every 5 --output_dir "$WORK/run"
+    --reward my_reward:score --max_prompt_length 64 --max_response_length 64 --lr 1.5e-4 \
+    --steps "$STEPS" --eval_every 5 --output_dir "$WORK/run"
 
 # -----------------------------------------------------------------------------
 # 7. After it, on the same rows, and the difference with its 95 % interval.

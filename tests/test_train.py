@@ -177,10 +177,10 @@ def test_help_has_groups_choices_and_the_defaults_of_the_setting(setting, lr, ca
 
 
 def test_the_demos_values_are_not_kept_in_silence(capsys):
-    a3po.announce(a3po.parse_args(["--setting=demo"]))
+    a3po.announce(a3po.parse_args(["--setting=demo"]), [])
     assert "NOTE" not in capsys.readouterr().out
-    own = ["--setting=demo", "--data=mine.jsonl", "--max_response_length=512"]
-    a3po.announce(a3po.parse_args(own))
+    own = ["--setting=demo", "--data=mine.jsonl", "--max_response_length", "64"]
+    a3po.announce(a3po.parse_args(own), own)
     said = capsys.readouterr().out.splitlines()[-1]
     assert "NOTE" in said and "--max_prompt_length 64" in said and "--eval_data" in said
     assert "--max_response_length" not in said
