@@ -57,6 +57,7 @@ try:
     from data import load_problems
     from folder import Checkpoints, RunFolder, show_example
     from model import (
+        GPU,
         Policy,
         collate,
         deal,
@@ -450,6 +451,7 @@ def diagnose(history: list[dict[str, float]], mini_batches: int) -> dict[str, fl
         grad_norm=sum(norms) / len(norms) if norms else None,
         updates=len(norms),
         skipped_updates=len(history) - len(norms),
+        **(dict(memory_gib=torch.cuda.max_memory_allocated() / 2**30) if GPU else {}),
     )
 
 

@@ -502,7 +502,7 @@ def test_the_words_are_those_of_the_metrics_there_are(whole):
     names = TRAINED | names_of(whole[0])
     for name in ("accuracy", "reward", "eval_accuracy"):
         names |= {f"{name}_{kind}" for kind in verify.KINDS}
-    names |= {"reward_errors"}  # of --reward
+    names |= {"reward_errors", "memory_gib"}  # of --reward, of a GPU
     words = {name: evaluation.describe(name) for name in names}
     assert all(all(entry) for entry in words.values())  # label, unit, meaning
     assert set(map(evaluation.describe, evaluation.METRICS)) == set(words.values())

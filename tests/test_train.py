@@ -187,6 +187,15 @@ def test_the_demos_values_are_not_kept_in_silence(capsys):
 
 
 @pytest.mark.slow
+def test_the_gpu_checks_run_on_a_cpu_too():
+    done = run("tests/gpu_check.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert sum(line.endswith("ok") for line in lines) == 12 and "LOOK" not in done.stdout
+    assert [line.split(":")[0] for line in lines[1::6]] == ["fp32", "fp16", "bf16"]
+
+
+@pytest.mark.slow
 def test_three_kills_change_nothing():
     done = run("tests/kills.py", "--kills=3", timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
