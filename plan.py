@@ -39,7 +39,10 @@ def measure(argv: list[str]) -> dict:
     world = int(os.environ["WORLD_SIZE"])
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     config = a3po.parse_args(argv)
-    about = AutoConfig.from_pretrained(config.model)
+    try:
+        about = AutoConfig.from_pretrained(config.model)
+    except (OSError, ValueError):
+        sys.exit(f"error: model {config.model!r} has no config.json that can be read")
     a3po.check_model(config.model, about)
     make_mesh = dist.init_device_mesh
 
@@ -118,7 +121,8 @@ def in_process(ranks: int, argv: list[str]) -> dict:
     command = [sys.executable, __file__, "--measure", *argv]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(done.stderr.strip().splitlines()[-1])
+        said = done.stderr.strip().splitlines() or [f"the plan ended with {done.returncode}"]
+        sys.exit(said[-1])
     return json.loads(done.stdout.splitlines()[-1])
 
 
