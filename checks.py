@@ -100,8 +100,10 @@ def held_by(model, name: str, sent: dict[str, Any]) -> tuple[str, int]:
     """Return under which name a vLLM model holds a Hugging Face weight, and from which row on: q, k
     and v for example are one matrix there. ("", 0) if it is not found."""
     names = {held for held, _ in model.named_parameters()}
-    if name in names:
-        return name, 0
+    generic = "model." + name.partition(".")[2]  # in vLLM's wrapper of a Hugging Face class
+    for held in (name, generic):
+        if held in names:
+            return held, 0
     for fused, parts in getattr(model, "packed_modules_mapping", {}).items():
         for i, part in enumerate(parts):
             held = name.replace(f".{part}.", f".{fused}.")
