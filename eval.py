@@ -746,7 +746,8 @@ def run(args: argparse.Namespace) -> None:
         engine = rollout.Engine(
             args.model, tokenizer, seed=args.seed,
             max_model_len=min(config.max_position_embeddings, longest + args.max_response_length),
-            gpu_memory=0.9, tensor_parallel=args.tensor_parallel, template=args.template)
+            gpu_memory=0.9, tensor_parallel=args.tensor_parallel, template=args.template,
+            sleeps=False)
     with Graders() as graders:
         judge = rollout.judge_by_rules(graders)
         for name in benches:

@@ -222,22 +222,21 @@ def attention_layout(
 def varlen_attention(module, query, key, value, attention_mask, scaling=None, *, index, first,
                      bounds, longest, **_):
     """Attend within each sequence, with torch's kernel for packed sequences (GPU). The form is
-    transformers': query (1, heads, N, d), key, value (1, kv_heads, N, d) -> (1, N, heads, d)."""
+    transformers': query (1, heads, N, d), key, value (1, kv_heads, N, d) -> (1, N, heads, d). Under
+    autocast, rope leaves query and key in float32: they take the dtype of value."""
     from torch.nn.attention.varlen import varlen_attn
 
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
     if len(index) > len(first):  # prompts are shared
         query, key, value = (x.index_select(0, index) for x in (query, key, value))
-    repeat = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(repeat, 1) for x in (key, value))
     out = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling,
-                      window_size=(-1, 0))
+                      window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1])
     return out.index_select(0, first)[None], None
 
 
 def grid_attention(module, query, key, value, attention_mask, scaling=None, *, grids, first, **_):
     """Attend within each sequence, one grid after the other; else like varlen_attention."""
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
     outputs = []
     for grid in grids:
         q, k, v = (spread(x, grid).transpose(1, 2) for x in (query, key, value))

@@ -322,7 +322,7 @@ class Engine:
 
     def __init__(self, model: str, tokenizer, *, max_model_len: int, max_num_seqs: int = 256,
                  gpu_memory: float = 0.6, seed: int = 0, tensor_parallel: int = 1, dtype=None,
-                 template: str = "auto"):
+                 template: str = "auto", sleeps: bool = True):
         import torch
         from transformers import AutoConfig
 
@@ -342,7 +342,7 @@ class Engine:
         if self.cpu:
             device_options = dict(kv_cache_memory_bytes=cpu_cache_bytes(config, max_model_len))
         else:
-            device_options = dict(gpu_memory_utilization=gpu_memory, enable_sleep_mode=True)
+            device_options = dict(gpu_memory_utilization=gpu_memory, enable_sleep_mode=sleeps)
         self.llm = LLM(
             model=model, seed=seed, dtype=dtype or (torch.float32 if self.cpu else torch.bfloat16),
             hf_overrides=dict(head_dtype="float32"),  # logits rounded to bf16 would be 0.1 off

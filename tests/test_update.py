@@ -117,11 +117,13 @@ def test_a_batch_holds_what_its_samples_hold():
     assert batch["positions"][:5].tolist() == [0, 1, 2, 3, 4]
 
 
-def written_out(q, k, v, bounds, bounds_k, longest, longest_k, *, scale, window_size):
+def written_out(q, k, v, bounds, bounds_k, longest, longest_k, *, scale, window_size, enable_gqa):
     """varlen_attn's contract."""
     assert torch.equal(bounds, bounds_k) and bounds[-1] == len(q) == len(k)
     assert bounds.dtype == torch.int32 and bounds[0] == 0
     assert window_size == (-1, 0) and longest == longest_k == bounds.diff().max()
+    assert q.dtype == k.dtype == v.dtype and enable_gqa == (q.shape[1] > k.shape[1])
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     pieces = []
     for a, b in pairwise(bounds.tolist()):
         scores = torch.einsum("qhd,khd->hqk", q[a:b], k[a:b]) * scale
@@ -131,12 +133,14 @@ def written_out(q, k, v, bounds, bounds_k, longest, longest_k, *, scale, window_
     return torch.cat(pieces)
 
 
-def test_varlen_path_equals_the_cpu_path(tiny_model, monkeypatch):
+@pytest.mark.parametrize("kv_heads", ["as many", "half as many"])
+def test_varlen_path_equals_the_cpu_path(kv_heads, tiny_model, monkeypatch, tmp_path):
     """With the GPU kernel's contract written out in its place, what surrounds it can be tested."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", written_out)
+    model = tiny_model if kv_heads == "as many" else make("qwen3", tmp_path)
     results = []
     for kernel in ("varlen", "grids"):
-        policy, _, _, _ = a3po.build(demo_config(tiny_model), "cpu", kernel, None)
+        policy, _, _, _ = a3po.build(demo_config(model), "cpu", kernel, None)
         logprobs, entropy, _ = policy(policy_model.collate(fixed_samples(), "cpu", kernel))
         (logprobs + entropy).square().sum().backward()
         results.append([logprobs.detach(), *(p.grad.clone() for p in policy.parameters())])
