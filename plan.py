@@ -27,11 +27,11 @@ def measure(argv: list[str]) -> dict:
     """Return the bytes and FLOPs of an update on one of WORLD_SIZE ranks, by what they are for."""
     import torch
     import torch.distributed as dist
-    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
     from torch.testing._internal.distributed.fake_pg import FakeStore
     from torch.utils.flop_counter import FlopCounterMode
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     import a3po
     import model
@@ -44,19 +44,7 @@ def measure(argv: list[str]) -> dict:
     except (OSError, ValueError):
         sys.exit(f"error: model {config.model!r} has no config.json that can be read")
     a3po.check_model(config.model, about)
-    make_mesh = dist.init_device_mesh
-
-    def mesh(*args, **kwargs):  # it reads values, which fake tensors have not
-        with unset_fake_temporarily():
-            return make_mesh(*args, **kwargs)
-
-    dist.init_device_mesh, model.GPU = mesh, True
-    AutoModelForCausalLM.from_pretrained = lambda path, dtype, **kernel: (
-        AutoModelForCausalLM.from_config(about, dtype=torch.float32, **kernel))
-    torch.nn.Module.to = torch.nn.Module.float = lambda self, *_: self  # it is float32 already
-    a3po.read = lambda sums: dict.fromkeys(sums, 1.0)
-    # DTensor derives the shapes of clipping from whole tensors, which would be counted
-    a3po.clip_gradients = lambda *_: torch.ones(())
+    pretend(about)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         precision = torch.float16 if config.precision == "fp16" else torch.bfloat16
         policy, inner, reference, optimizer = a3po.build(config, "cpu", "varlen", precision)
@@ -88,6 +76,31 @@ def measure(argv: list[str]) -> dict:
         reference=4 * parameters // (config.shard_ranks or world) if reference else 0,
         kv_bytes=4 * about.num_hidden_layers * kv_heads * head_dim, setting=vars(config),
     )
+
+
+def pretend(about) -> None:
+    """Replace what reads values, which fake tensors have not, or files. about: model's config."""
+    import torch
+    import torch.distributed as dist
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from transformers import AutoModelForCausalLM
+
+    import a3po
+    import model
+
+    make_mesh = dist.init_device_mesh
+
+    def mesh(*args, **kwargs):
+        with unset_fake_temporarily():
+            return make_mesh(*args, **kwargs)
+
+    dist.init_device_mesh, model.GPU = mesh, True
+    AutoModelForCausalLM.from_pretrained = lambda path, dtype, **kernel: (
+        AutoModelForCausalLM.from_config(about, dtype=torch.float32, **kernel))
+    torch.nn.Module.to = torch.nn.Module.float = lambda self, *_: self  # it is float32 already
+    a3po.read = lambda sums: dict.fromkeys(sums, 1.0)
+    # DTensor derives the shapes of clipping from whole tensors, which would be counted
+    a3po.clip_gradients = lambda *_: torch.ones(())
 
 
 def full_batch(config, fake) -> dict:

@@ -204,8 +204,9 @@ def test_run_sh_checks_before_it_starts_torchrun(tmp_path):
     bin = tmp_path / "bin"
     bin.mkdir()
     (tmp_path / f".installed-gpu-{sums}").touch()
-    for name, does in (("nvidia-smi", "echo 81559; sleep 0.1; echo 81559"), ("torchrun", 'echo "torchrun $*"'),
-                       ("python", 'echo "$WORLD_SIZE $*"; [ "${!#}" != --seed=-1 ]')):
+    for name, does in (("nvidia-smi", "echo 81559; sleep 0.1; echo 81559"),
+                       ("torchrun", 'echo "torchrun $*"'), ("python",
+                        'echo "$WORLD_SIZE $*"; [ "${!#}" != --seed=-1 ]')):
         (bin / name).write_text(f"#!/bin/bash\n{does}\n")
         (bin / name).chmod(0o755)
     env = dict(PATH=f"{bin}:/usr/bin:/bin", VENV=str(tmp_path), PYTHON=sys.executable)
