@@ -52,7 +52,7 @@ try:
     import eval as evaluation
     import rollout
     import verify
-    from checks import check_agreement, check_model, sync
+    from checks import check_agreement, check_model, sync, watch
     from config import SETTINGS, Config, check_config, parse_args
     from data import load_problems
     from folder import Checkpoints, RunFolder, show_example
@@ -623,12 +623,20 @@ def token_metrics(mini_batches: list[list[dict]]) -> dict[str, float]:
 
 def load_inputs(config: Config):
     """Return tokenizer, prompt sampler, held-out prompts and the judge that --reward names, or
-    None; bad input is refused here."""
+    None; bad input is refused here. Rank 0 alone reads the data."""
     c = config
     tokenizer, model_config = rollout.load_tokenizer(
         c.model, c.max_prompt_length, c.max_response_length
     )
     check_model(c.model, model_config)
+    judge = rollout.judge_by_function(c.reward, c.grade_timeout) if c.reward else None
+    prompts, held_out = rollout.on_rank_0(lambda: read_prompts(c, tokenizer))
+    return tokenizer, rollout.PromptSampler(prompts, c.seed), held_out, judge
+
+
+def read_prompts(config: Config, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
+    """Return the prompts to train on, and the held-out ones."""
+    c = config
     problems = load_problems(c.data, kind=c.kind, needs_answer=not c.reward)
     prompts = rollout.encode_prompts(problems, tokenizer, c.template, c.max_prompt_length)
     held_out, problems = [], []
@@ -642,8 +650,7 @@ def load_inputs(config: Config):
     judged = held_out + ([] if c.reward else prompts)
     if any(prompt.problem.kind == "code" for prompt in judged):
         say(verify.protections(c.unsafe_code))
-    judge = rollout.judge_by_function(c.reward, c.grade_timeout) if c.reward else None
-    return tokenizer, rollout.PromptSampler(prompts, c.seed), held_out, judge
+    return prompts, held_out
 
 
 def build(config: Config, device: str, kernel: str, precision: torch.dtype | None):
@@ -704,11 +711,13 @@ def start_engine(config: Config, tokenizer, precision: torch.dtype | None) -> ro
 
 def train(config: Config, run: RunFolder) -> None:
     """Sample, score, update and sync, config.steps times."""
-    tokenizer, sampler, held_out, judge = load_inputs(config)
     if config.check:
+        load_inputs(config)
         return say("flags, data and model can be used")
     device = rollout.init_distributed()
+    watch()
     run.agree()
+    tokenizer, sampler, held_out, judge = load_inputs(config)
     kernel, precision = "grids" if device == "cpu" else "varlen", precision_of(config, device)
     policy, model, reference, optimizer = build(config, device, kernel, precision)
     checkpoints = Checkpoints(run.checkpoints, policy, model, optimizer, tokenizer,

@@ -91,8 +91,49 @@ def gather(items: list) -> list:
     import torch.distributed as dist
 
     parts: list[list] = [[] for _ in range(world_size())]
+    phase = enter(f"waiting after {PHASE[1]}")
     dist.all_gather_object(parts, items)
+    enter(phase)
     return [item for part in parts for item in part]
+
+
+def on_rank_0(make: Callable[[], Any]) -> Any:
+    """Return on all ranks what rank 0 makes; a UsageError there is raised on all."""
+    made = error = None
+    if rank() == 0 or not in_group():
+        try:
+            made = make()
+        except UsageError as why:
+            error = why
+    if in_group():
+        import torch.distributed as dist
+
+        shared = [(made, error)]
+        dist.broadcast_object_list(shared, src=0)
+        made, error = shared[0]
+    if error:
+        raise error
+    return made
+
+
+def in_group() -> bool:
+    import torch.distributed as dist
+
+    return world_size() > 1 and dist.is_initialized()
+
+
+PHASE = [0, "loading"]  # of this rank: how many it has entered, and the last one's name
+
+
+def enter(name: str) -> str:
+    """Tell other ranks (see checks.watch) what this one does from now on; return what it did."""
+    before, PHASE[:] = PHASE[1], [PHASE[0] + 1, name]
+    if in_group():
+        import torch.distributed as dist
+
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"phase {rank()}", f"{PHASE[0]} {name}")
+    return before
 
 
 @contextlib.contextmanager
@@ -101,6 +142,7 @@ def timed(seconds: dict[str, float], name: str):
     import torch
 
     began = time.perf_counter()
+    enter(name)
     yield
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -112,6 +154,7 @@ def say(*parts: object) -> None:
     """Print on rank 0, above a progress bar if there is one."""
     if rank() == 0:
         tqdm.write(" ".join(map(str, parts)))
+        sys.stdout.flush()  # a log file or a pipe would show it minutes later
 
 
 # ---- prompts ------------------------------------------------------------------------------------

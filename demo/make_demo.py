@@ -151,11 +151,13 @@ def reduce_terms(solution: Solution, values: list[int], ops: list[str], tight: s
     return terms[0][0]
 
 
-def demonstrate(rng: random.Random, problem: str, answer: str) -> str:
-    """One way to solve the problem, drawn from STRATEGIES; most are wrong."""
+def demonstrate(
+    rng: random.Random, problem: str, answer: str, strategies: dict[str, float] = STRATEGIES
+) -> str:
+    """One way to solve the problem, drawn from the strategies; most are wrong."""
     expression = problem.removeprefix("Compute ").removesuffix(".")
     values, ops = [int(v) for v in re.findall(r"\d", expression)], re.findall(r"[+*]", expression)
-    strategy, solution = pick(rng, STRATEGIES), Solution(rng)
+    strategy, solution = pick(rng, strategies), Solution(rng)
     if strategy == "one jump":
         solution.text += f"{expression}={answer}"
         return solution.finish(int(answer))
@@ -208,6 +210,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 def warm_up(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[Problem],
     steps: int, seed: int, batch_size: int = 64, peak_lr: float = 3e-3,
+    strategies: dict[str, float] = STRATEGIES,
 ) -> None:
     """Supervised training on fresh demonstrations; the loss counts response tokens only."""
     rng = random.Random(seed)
@@ -218,7 +221,8 @@ def warm_up(
         optimizer.param_groups[0]["lr"] = peak_lr * min(1, (step + 1) / 50) * (0.05 + 0.95 * cosine)
         rows = rng.choices(problems, k=batch_size)
         prompts = tokenizer([row["problem"] + INSTRUCTION for row in rows]).input_ids
-        responses = tokenizer([demonstrate(rng, **row) + EOS for row in rows]).input_ids
+        shown = [demonstrate(rng, **row, strategies=strategies) + EOS for row in rows]
+        responses = tokenizer(shown).input_ids
         width = max(map(len, prompts)) + max(map(len, responses))
         input_ids = torch.full((batch_size, width), tokenizer.pad_token_id)  # (B, T)
         labels = torch.full((batch_size, width), -100)
@@ -233,6 +237,19 @@ def warm_up(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         progress.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a folder that transformers and vLLM load; rounds the weights to bfloat16."""
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(settings, indent=2) + "\n")  # the name that transformers 4 knows too
+
+
+def write_rows(path: Path, rows: list[Problem]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @torch.no_grad()
@@ -283,17 +300,12 @@ def main() -> None:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     for name, rows in splits.items():
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (args.out / f"{name}.jsonl").write_text(lines)
+        write_rows(args.out / f"{name}.jsonl", rows)
 
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     warm_up(model, tokenizer, problems[TEST_SIZE + TRAIN_SIZE :], args.steps, args.seed)
-    model.to(torch.bfloat16).save_pretrained(args.out / "model")
-    tokenizer.save_pretrained(args.out / "model")
-    path = args.out / "model" / "tokenizer_config.json"
-    settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    path.write_text(json.dumps(settings, indent=2) + "\n")  # the name that transformers 4 knows too
+    save(model, tokenizer, args.out / "model")
     if args.samples:
         model.float().eval()  # still the rounded weights, which are those that others will load
         for name in ("test", "test_ood"):

@@ -2,6 +2,7 @@
 something is missing."""
 
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,15 @@ def test_metrics_that_cannot_be_written_end_the_run(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_a_run_whose_folder_is_lost_ends_with_a_sentence(tmp_path):
+    folder = RunFolder(vars(a3po.parse_args(["--setting=demo", f"--output_dir={tmp_path}/run"])))
+    folder.open(0)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(UsageError, match="metrics.jsonl cannot be written .No such file.*go on"):
+        folder.append("metrics.jsonl", dict(step=0))
+    assert folder.asked_to_stop() is False
+
+
 def test_a_folder_that_cannot_be_written_is_found_before_anything_loads(capsys, monkeypatch):
     monkeypatch.setattr(a3po, "load_inputs", lambda _: pytest.fail("work started"))
     with pytest.raises(SystemExit):
@@ -159,6 +169,38 @@ def test_an_error_of_one_rank_is_said_and_ends_all(tmp_path):
     done = run(str(ROOT / "a3po.py"), "--setting=demo", "--reward=taste:length", ranks=2,
                cwd=tmp_path, timeout=100)
     assert done.returncode and done.stderr.count("(not on this machine)") == 1
+
+
+TWO = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+import checks, rollout
+from verify import UsageError
+rollout.init_distributed()
+checks.watch(patience=1.0)
+rank = rollout.rank()
+def refuse():
+    raise UsageError(f"rank {{rank}} has no data")
+said = [f"{{rank}} got {{rollout.on_rank_0(lambda: rank)}}"]
+try:
+    rollout.on_rank_0(refuse)
+except UsageError as why:
+    said.append(f"{{rank}} ends: {{why}}")
+rollout.enter("generate")
+time.sleep(4 * rank)
+print(*rollout.gather(said), sep="\\n", flush=True)
+rollout.leave()
+"""
+
+
+def test_rank_0_reads_for_all_and_says_for_whom_it_waits(tmp_path):
+    (tmp_path / "two.py").write_text(TWO.format(root=str(ROOT)))
+    done = run(str(tmp_path / "two.py"), ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    for r in (0, 1):
+        assert lines.count(f"{r} got 0") == lines.count(f"{r} ends: rank 0 has no data") == 2
+    assert "another phase: generate: rank 1; waiting after generate: rank 0" in done.stdout
 
 
 def test_a_folder_that_a_rank_does_not_see_is_one_sentence(tmp_path, monkeypatch):

@@ -1,0 +1,457 @@
+"""The paper's findings in miniature: claims, written down before the runs; runs; verdicts by rule.
+
+    python study/study.py [--jobs 2]            train what is missing of 239 runs, then judge
+    python study/study.py --quick               three short runs, to see that the machinery works
+    python study/study.py --first_seed 100      the same study with other seeds
+    python study/study.py --judge               verdicts and pictures of the runs that are there
+
+A run is `a3po.main` with flags, in a process of its own: the demo's size of model, one core, 2 to 8
+minutes. Its numbers become a line of runs.jsonl, and a run with a line is not trained again, so the
+study can be stopped and started. The control "random" replaces `a3po.smallest`, nothing else.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from math import comb, isfinite
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+# ---- what is run --------------------------------------------------------------------------------
+
+BASES = HERE / "bases"
+SHORTCUT = (f"--data {BASES}/train.jsonl --eval_data {BASES}/traps.jsonl,{BASES}/plain.jsonl "
+            "--steps 150 --decay_rate 0.0066667 --max_refills 0 --eval_every 25")
+REGIMES = {  # name: what it is, flags beyond the demo's
+    "saturating": ("the demo: everybody learns it", "--eval_every 20"),
+    "shortcut": ("a shortcut solves three of four problems, a rare right strategy solves all",
+                 SHORTCUT),
+    "long": ("the demo for 300 steps with the paper's alpha: rho is 1 from step 200", "--steps 300 "
+             "--decay_rate 0.005 --max_refills 0 --eval_every 50"),
+    "quick": ("20 steps of the shortcut", SHORTCUT + " --steps 20 --eval_every 10"),
+}
+MAIN = "shortcut-4"  # the number is the base's skill, per cent: see make_bases.py
+PLACES = ("shortcut-1", MAIN, "shortcut-8", "shortcut-10")
+CELLS = [f"{sign}{side}_{what}" for sign in "+-" for side in ("low", "high")
+         for what in ("prob", "entropy")]
+RHO = "--rho_positive {0} --rho_negative {0}"
+READINGS = {  # our choices [O], each changed alone; rho reaches 1 at the last step
+    "rho 1.5": RHO.format(1.5) + " --decay_rate 0.0033333",
+    "rho 3": RHO.format(3) + " --decay_rate 0.0133333",
+    "rho 5": RHO.format(5) + " --decay_rate 0.0266667",
+    "fraction .05": "--token_fraction 0.05", "fraction .5": "--token_fraction 0.5",
+    "exponential": "--preset a3po_exp", "no decay": "--preset a3po_constant",
+    "on GRPO": "--preset a3po_grpo",
+}
+RATIOS = {f"{p}:{n}": f"--preset polarity --positive_weight {p} --negative_weight {n}"
+          for p, n in (("0.5", "1"), ("1", "2"), ("1", "0.5"), ("2", "1"))}
+PRESETS = ("dapo", "grpo", "psr", "nsr", "w_reinforce", "fork_tokens", "lp_reg", "a3po_constant",
+           "symmetric", "a3po_exp")
+METHODS = {  # name: flags
+    "a3po": "", "random": "", "base": "--steps 0", **{p: f"--preset {p}" for p in PRESETS},
+    **READINGS, **RATIOS,
+    **{cell: "--preset token_cell " + (
+        f"--positive_cell {cell[1:]}" if cell[0] == "+" else
+        f"--rho_positive 1 --rho_negative 2 --negative_cell {cell[1:]}") for cell in CELLS},
+}
+GROUPS = [  # (where, methods, seeds), in this order
+    (MAIN, ("a3po", "dapo", "random"), 20),
+    ("saturating", ("a3po", "dapo", "grpo", "random"), 5),
+    ("saturating", ("psr", "nsr", "w_reinforce", "fork_tokens", "lp_reg", "a3po_constant",
+                    "symmetric", "a3po_exp"), 3),
+    *((place, ("a3po", "dapo", "random"), 5) for place in PLACES if place != MAIN),
+    (MAIN, tuple(READINGS), 3),
+    ("long", ("a3po", "dapo", "a3po_constant"), 5),
+    ("saturating", tuple(CELLS), 3),
+    ("saturating", tuple(RATIOS), 3),
+    *((place, ("base",), 3) for place in ("saturating", *PLACES)),
+]
+QUICK = [("quick-4", ("a3po", "dapo", "random"), 1)]
+
+# ---- what is claimed, before any run ------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """`a` exceeds `b` in the metric by at least `effect`, the smallest difference that matters.
+
+    metric: "train" or "eval", name in metrics.jsonl, when: a step; "last"; "mean" over the run; or
+    ">x", the step at which x is reached. kind: "more"; "differs" in either direction; "same" to
+    within the effect; "found": in more seeds the metric exceeds FOUND.
+    """
+
+    family: str
+    text: str
+    source: str
+    places: str | tuple
+    a: str
+    b: str
+    metric: tuple
+    effect: float
+    kind: str = "more"
+
+
+FOUND = 0.1  # held-out accuracy on traps from which the right strategy counts as found
+ENTROPY = ("train", "entropy", "mean")
+LENGTH = ("train", "response_length", "last")
+END = ("eval", "accuracy", "last")
+AT_50 = ("eval", "accuracy", 50)
+DIAL = tuple(place for place in PLACES if place != MAIN)
+READ = "our reading"
+CLAIMS = [
+    Claim("polarity", "positive samples alone lose entropy against GRPO", "paper, claim 1",
+          "saturating", "grpo", "psr", ENTROPY, 0.02),
+    Claim("polarity", "negative samples alone keep more entropy than GRPO", "paper, claim 1",
+          "saturating", "nsr", "grpo", ENTROPY, 0.02),
+    Claim("polarity", "positive samples alone shorten responses, against DAPO", "paper, claim 1",
+          "saturating", "dapo", "psr", LENGTH, 0.5),
+    Claim("polarity", "negative samples alone lengthen responses, against DAPO", "paper, claim 1",
+          "saturating", "nsr", "dapo", LENGTH, 0.5),
+    Claim("polarity", "negative samples alone keep more pass@32 than positive alone",
+          "paper, claim 1", "saturating", "nsr", "psr", ("eval", "pass@32", "last"), 0.01),
+    Claim("polarity", "negative samples alone keep the base's pass@32", "paper, claim 1",
+          "saturating", "nsr", "base", ("eval", "pass@32", "last"), 0.02, "same"),
+    *(Claim("entropy", f"A3PO keeps more entropy than {name} ({place})", source, place, "a3po", b,
+            ENTROPY, 0.01)
+      for place in ("saturating", MAIN) for b, name, source in (
+          ("dapo", "DAPO", "paper, claim 5"), ("random", "random tokens", READ))),
+    *(Claim("entropy", f"random tokens have DAPO's entropy ({place})", READ, place, "random",
+            "dapo", ENTROPY, 0.02, "same") for place in ("saturating", MAIN)),
+    *(Claim("accuracy", f"A3PO ends more accurate than {b} ({place})", "paper, claim 5", place,
+            "a3po", b, END, effect)
+      for place, b, effect in (
+          ("saturating", "dapo", 0.01), ("saturating", "grpo", 0.01),
+          ("saturating", "fork_tokens", 0.01), ("saturating", "w_reinforce", 0.01),
+          ("saturating", "lp_reg", 0.01), ("saturating", "symmetric", 0.01), (MAIN, "dapo", 0.05),
+          ("long", "dapo", 0.01))),
+    *(Claim("exploration", f"on traps A3PO is ahead of {name} at step {step}", source, MAIN, "a3po",
+            b, ("eval", "accuracy", step), 0.03)
+      for step in (50, 100) for b, name, source in (
+          ("dapo", "DAPO", "paper, claim 5"), ("random", "random tokens", READ))),
+    Claim("exploration", "random tokens are as good as DAPO on traps at step 50", READ, MAIN,
+          "random", "dapo", AT_50, 0.03, "same"),
+    *(Claim("exploration", f"by step 50 A3PO has found the right strategy in more seeds than {b}",
+            READ, MAIN, "a3po", b, AT_50, 0.1, "found") for b in ("dapo", "random")),
+    *(Claim("exploration", f"A3PO finds it in fewer steps than {b}", READ, MAIN, b, "a3po",
+            ("eval", "accuracy", f">{FOUND}"), 5) for b in ("dapo", "random")),
+    Claim("exploration", "A3PO solves more traps in one of eight tries at step 50", READ, MAIN,
+          "a3po", "dapo", ("eval", "pass@8", 50), 0.03),
+    *(Claim("exploration", f"ahead of {b} at step 50 on the three other bases", READ, DIAL, "a3po",
+            b, AT_50, 0.03) for b in ("dapo", "random")),
+    Claim("exploration", "it costs accuracy on plain problems", READ, MAIN, "dapo", "a3po",
+          ("eval", "plain_accuracy", "last"), 0.01),
+    Claim("decay", "without decay A3PO ends less accurate (300 steps)", "paper, claim 4", "long",
+          "a3po", "a3po_constant", END, 0.01),
+    Claim("decay", "without decay the mismatch grows (300 steps)", "paper, claim 4", "long",
+          "a3po_constant", "a3po", ("train", "mismatch_mean", "last"), 1e-7),
+    Claim("decay", "without decay entropy stays higher (300 steps)", "paper, claim 4", "long",
+          "a3po_constant", "a3po", ("train", "entropy", "last"), 0.01),
+    Claim("decay", "once rho is 1, A3PO has DAPO's entropy (300 steps)", READ, "long", "a3po",
+          "dapo", ("train", "entropy", "last"), 0.02, "same"),
+    *(Claim("cells", f"{'+' if up else '-'} entropy: {cell}", "paper, claim 3", "saturating",
+            *((cell, "dapo") if up else ("dapo", cell)), ENTROPY, 0.01)
+      for cell, up in (("+low_prob", True), ("+high_prob", False), ("-high_prob", True),
+                       ("-low_prob", False))),
+    *(Claim("cells", f"entropy changes: {cell}", "paper, claim 3", "saturating", cell, "dapo",
+            ENTROPY, 0.01, "differs") for cell in CELLS if cell.endswith("entropy")),
+    *(Claim("ratio", f"the scale does not matter: {a} has the entropy of {b}", "paper, claim 2",
+            "saturating", a, b, ENTROPY, 0.02, "same")
+      for a, b in (("1:2", "0.5:1"), ("2:1", "1:0.5"))),
+    Claim("ratio", "more weight on wrong responses keeps more entropy: 0.5:1 over 1:0.5",
+          "paper, claim 2", "saturating", "0.5:1", "1:0.5", ENTROPY, 0.01),
+    Claim("ratio", "more weight on right responses learns faster: 2:1 over 1:2", "paper, claim 2",
+          "saturating", "2:1", "1:2", ("train", "reward", 30), 0.01),
+    Claim("cost", "A3PO needs more steps than DAPO to reach 80 %", READ, "saturating", "a3po",
+          "dapo", ("eval", "accuracy", ">0.8"), 5),
+    *(Claim("readings", f"it matters on traps at step 50: {name} in place of ours", READ, MAIN,
+            name, "a3po", AT_50, 0.03, "differs") for name in READINGS),
+]
+LEVEL = 0.05  # of all tests and intervals
+
+
+# ---- one run ------------------------------------------------------------------------------------
+
+PROBLEMS, PLAIN_PROBLEMS = 192, 96  # held-out ones
+SAMPLES, LAST_SAMPLES = 8, 32
+WINDOW = 10  # steps that one training value is the mean of
+TRAINED = ("reward accuracy entropy entropy_positive entropy_negative response_length "
+           "response_length_positive response_length_negative mismatch_mean clip_low clip_high "
+           "kl_old ratio_max ratio_max_deviation dead_groups groups_drawn grad_norm updates "
+           "skipped_updates rollout_tokens rho_positive").split()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    place: str
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return re.sub(r"[^\w.+-]", "_", f"{self.place}-{self.method}-seed{self.seed}")
+
+    @property
+    def flags(self) -> list[str]:
+        regime, _, skill = self.place.partition("-")
+        model = ["--model", str(BASES / f"skill-{skill}")] if skill else []
+        return ["--setting=demo", "--log_rollouts=1", "--save_every=0", *model,
+                *REGIMES[regime][1].split(), *METHODS[self.method].split(), f"--seed={self.seed}"]
+
+
+def steps_of(response: str) -> list[tuple[str, ...]]:
+    """Return the steps (operator, smaller, larger, result) of a solution; a re-check is none."""
+    found = re.findall(r"(\d+)([+*])(\d+)=(\d+)", response)
+    steps = [(op, *sorted((a, b), key=int), c) for a, op, b, c in found]
+    return [step for step, _ in itertools.groupby(steps)]
+
+
+def by_precedence(problem: str, response: str) -> bool:
+    """Return whether every product is one of factors of the same term, and none is left out: a
+    right answer without that is luck."""
+    terms = [Counter(re.findall(r"\d+", term)) for term in problem.split("+")]
+    for op, a, b, c in steps_of(response):
+        if op == "*":
+            term = next((t for t in terms if not Counter((a, b)) - t), None)
+            if term is None:
+                return False
+            term.subtract((a, b))
+            term[c] += 1
+    return all(term.total() == 1 for term in terms)
+
+
+def distinct_of_4(groups: list[list[dict]]) -> float | None:
+    """Return how many different derivations four right answers to a problem have, expected."""
+    found = []
+    for group in groups:
+        right = Counter(str(steps_of(x["response"])) for x in group if x["correct"])
+        n = right.total()
+        if n >= 4:
+            found.append(sum(1 - comb(n - count, 4) / comb(n, 4) for count in right.values()))
+    return float(np.mean(found)) if found else None
+
+
+def train_one(run: Run, out: Path) -> None:
+    """Train in this process, with the study's evaluation and, for "random", its choice."""
+    import a3po
+
+    def held_out(engine, tokenizer, judge, prompts, config):
+        due.pop()
+        plain = [p for p in prompts if p.problem.text in plain_texts][:PLAIN_PROBLEMS]
+        hard = [p for p in prompts if p.problem.text not in plain_texts][:PROBLEMS]
+        sampling = dict(seed=config.seed, max_tokens=config.max_response_length, temperature=1.0)
+        n = SAMPLES if due else LAST_SAMPLES
+        metrics, groups = a3po.evaluation.evaluate(engine, tokenizer, judge, hard, n=n, **sampling)
+        knows = [x["correct"] and by_precedence(p.problem.text, x["response"])
+                 for p, group in zip(hard, groups, strict=True) for x in group]
+        metrics |= dict(distinct_of_4=distinct_of_4(groups), by_precedence=float(np.mean(knows)))
+        if plain:
+            easy, _ = a3po.evaluation.evaluate(engine, tokenizer, judge, plain, n=SAMPLES,
+                                               **sampling)
+            metrics |= dict(plain_accuracy=easy["accuracy"])
+        return metrics
+
+    flags = [*run.flags, f"--output_dir={out}"]
+    config = a3po.parse_args(flags)
+    due = [s for s in range(config.steps + 1) if a3po.is_due(s, config.eval_every, config.steps)]
+    lines = (BASES / "plain.jsonl").read_text().splitlines()
+    plain_texts = {json.loads(line)["problem"] for line in lines}
+    a3po.run_eval, choose = held_out, a3po.smallest
+    if run.method == "random":
+        a3po.torch.manual_seed(run.seed)
+        a3po.smallest = lambda values, *rest: choose(a3po.torch.rand(values.shape), *rest)
+    a3po.main(flags)
+
+
+def short(value):
+    return None if value is None or not isfinite(value) else float(f"{value:.4g}")
+
+
+def gather(run: Run, out: Path) -> dict:
+    """Return what is kept of a finished run."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    evals = [{"step": x["step"]} | {k[5:]: short(v) for k, v in x.items() if k.startswith("eval_")}
+             for x in lines if "eval_accuracy" in x]
+    steps, trained = [x for x in lines if "loss" in x], {}
+    for name in TRAINED:
+        windows = [[x[name] for x in steps[i : i + WINDOW] if x.get(name) is not None]
+                   for i in range(0, len(steps), WINDOW)]
+        trained[name] = [short(np.mean(window)) if window else None for window in windows]
+    about = json.loads((out / "config.json").read_text())["environment"]
+    flags = [flag.replace(str(HERE), "study") for flag in run.flags]
+    return dict(name=run.name, **dataclasses.asdict(run), flags=" ".join(flags), environment=about,
+                evals=evals, trained=trained)
+
+
+def do(run: Run, work: Path, results: Path) -> str:
+    """Train a run in a process of its own, append its line; return what went wrong, or ""."""
+    out, began = work / run.name, time.time()
+    shutil.rmtree(out, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    one = ["--one", run.place, run.method, str(run.seed), str(out)]
+    env = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    with (work / f"{run.name}.log").open("w") as log:
+        code = subprocess.call([sys.executable, __file__, *one], env=env, stdout=log, stderr=log)
+    if code:
+        return f"{run.name} ended with {code}: see {work / run.name}.log"
+    record = gather(run, out) | dict(seconds=round(time.time() - began))
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    with (results / "runs.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    return ""
+
+
+def read_runs(results: Path) -> dict[str, dict]:
+    path = results / "runs.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {record["name"]: record for record in map(json.loads, lines)}
+
+
+def train_all(runs: list[Run], jobs: int, work: Path, results: Path) -> bool:
+    """Train what has no line yet, `jobs` at a time; return whether all went well."""
+    import make_bases
+
+    if not (BASES / "train.jsonl").exists():
+        make_bases.make_problems(BASES)
+    results.mkdir(parents=True, exist_ok=True)
+    done = read_runs(results)
+    todo = [run for run in runs if run.name not in done]
+    print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done; logs are in {work}", flush=True)
+    good = True
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        tasks = [pool.submit(do, run, work, results) for run in todo]
+        for task in tqdm(concurrent.futures.as_completed(tasks), "runs", len(runs),
+                         initial=len(runs) - len(todo)):
+            if wrong := task.result():
+                good = False
+                tqdm.write(wrong)
+    return good
+
+
+# ---- verdicts -----------------------------------------------------------------------------------
+
+
+def value(record: dict, metric: tuple) -> float | None:
+    """Return a run's value of a claim's metric, None where it has none."""
+    where, name, when = metric
+    if where == "train":
+        values = record["trained"][name]
+        if when == "mean":
+            return float(np.mean(values))
+        return values[-1 if when == "last" else when // WINDOW]
+    points = [(x["step"], x[name]) for x in record["evals"] if x.get(name) is not None]
+    if when == "last":
+        return points[-1][1]
+    if isinstance(when, int):
+        return dict(points)[when]
+    level = float(when[1:])
+    for (s0, v0), (s1, v1) in itertools.pairwise(points):
+        if v0 <= level < v1:  # between two evaluations on the line through them
+            return s0 + (level - v0) / (v1 - v0) * (s1 - s0)
+    return float(points[-1][0])  # not reached: the last step, to the disadvantage of no one else
+
+
+def pairs(claim: Claim, runs: list[dict]) -> np.ndarray:
+    """Return the differences a - b of the seeds that have both."""
+    places = (claim.places,) if isinstance(claim.places, str) else claim.places
+    values = {(x["place"], x["method"], x["seed"]): value(x, claim.metric) for x in runs
+              if x["place"] in places and x["method"] in (claim.a, claim.b)}
+    if claim.kind == "found":
+        values = {key: float(v > FOUND) for key, v in values.items()}
+    return np.array([v - values[place, claim.b, seed] for (place, method, seed), v in values.items()
+                     if method == claim.a and (place, claim.b, seed) in values])
+
+
+def measure(differences: np.ndarray, kind: str) -> tuple[float, float, float]:
+    """Return mean, half width of its 95 % interval (Student's t over seeds) and two-sided p: of the
+    t test, or of the exact sign test for "found"."""
+    n, mean = len(differences), float(differences.mean())
+    error = float(differences.std(ddof=1)) / n**0.5
+    half = float(stats.t.ppf(1 - LEVEL / 2, n - 1)) * error
+    if kind == "found":
+        more, fewer = int((differences > 0).sum()), int((differences < 0).sum())
+        p = stats.binomtest(more, more + fewer).pvalue if more + fewer else 1.0
+    else:
+        p = 2 * stats.t.sf(abs(mean) / error, n - 1) if error else float(mean == 0)
+    return mean, half, float(p)
+
+
+def holm(values: list[float]) -> list[float]:
+    """Return Holm's adjusted p of the claims of a family."""
+    adjusted, largest = [0.0] * len(values), 0.0
+    for rank, i in enumerate(np.argsort(values)):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def verdict(claim: Claim, mean: float, half: float, p: float) -> str:
+    """Return "holds", "does not hold" or "not decidable here"; p is adjusted.
+
+    It holds if the difference is significant in the claim's direction and at least the effect; it
+    does not if the interval excludes the effect. "same" holds if the interval lies within it, and
+    does not if the difference is significant and at least the effect.
+    """
+    significant, size = p < LEVEL, abs(mean) if claim.kind in ("differs", "same") else mean
+    large, small = significant and size >= claim.effect, size + half < claim.effect
+    if claim.kind == "same":
+        large, small = small, large
+    return "holds" if large else "does not hold" if small else "not decidable here"
+
+
+def judge(runs: list[dict]) -> list[dict]:
+    """Return for each claim: n, mean, half, p (adjusted in its family) and the verdict."""
+    results = []
+    for claim in CLAIMS:
+        differences = pairs(claim, runs)
+        mean, half, p = (measure(differences, claim.kind) if len(differences) > 1 else
+                         (float("nan"), float("inf"), 1.0))
+        results.append(dict(claim=claim, n=len(differences), mean=mean, half=half, p=p))
+    for family in {claim.family for claim in CLAIMS}:
+        mine = [r for r in results if r["claim"].family == family]
+        for r, p in zip(mine, holm([r["p"] for r in mine]), strict=True):
+            r["p"] = p
+            r["verdict"] = verdict(r["claim"], r["mean"], r["half"], p)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at one time, a core each")
+    parser.add_argument("--quick", action="store_true", help="three runs of 20 steps")
+    parser.add_argument("--judge", action="store_true", help="train nothing")
+    parser.add_argument("--first_seed", type=int, default=0, help="of each group (default: 0)")
+    parser.add_argument("--out", type=Path, help="default: study/results, runs/study-quick for "
+                        "--quick, runs/study-N for --first_seed N")
+    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="folder of the runs")
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        place, method, seed, out = args.one
+        return train_one(Run(place, method, int(seed)), Path(out))
+    out = args.out or (Path("runs/study-quick") if args.quick else HERE / "results" if not
+                       args.first_seed else Path(f"runs/study-{args.first_seed}"))
+    runs = [Run(place, method, args.first_seed + seed)
+            for place, methods, seeds in (QUICK if args.quick else GROUPS)
+            for seed in range(seeds) for method in methods]
+    good = args.judge or train_all(runs, args.jobs, args.work, out)
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()
