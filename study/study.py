@@ -292,6 +292,7 @@ def gather(run: Run, out: Path) -> dict:
                    for i in range(0, len(steps), WINDOW)]
         trained[name] = [short(np.mean(window)) if window else None for window in windows]
     about = json.loads((out / "config.json").read_text())["environment"]
+    about.pop("command")  # with the paths of this machine
     flags = [flag.replace(str(HERE), "study") for flag in run.flags]
     return dict(name=run.name, **dataclasses.asdict(run), flags=" ".join(flags), environment=about,
                 evals=evals, trained=trained)
