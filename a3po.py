@@ -52,7 +52,7 @@ try:
     import eval as evaluation
     import rollout
     import verify
-    from checks import check_agreement, check_model, sync, watch
+    from checks import check_agreement, check_model, check_sleep, sync, watch
     from config import SETTINGS, Config, check_config, parse_args
     from data import load_problems
     from folder import Checkpoints, RunFolder, show_example
@@ -479,6 +479,7 @@ def sample_groups(engine, tokenizer, judge, sampler, config: Config, seconds: di
             if is_live(group) or not c.dynamic_sampling:
                 live.append((draw, group))
         drawn += new
+        check_grades(new)
         share = 1 - len(live) / len(drawn)
     before = share if sampler.dead_share is None else sampler.dead_share
     sampler.dead_share = 0.8 * before + 0.2 * share  # it changes slowly, one step's is noisy
@@ -525,6 +526,16 @@ def no_signal(groups: list[list[Sample]], config: Config) -> str:
     right = sum(bool(grade.correct) for grade in grades)
     return (f"nothing to learn from in this step: in no group do the rewards differ ({right} of "
             f"{len(grades)} responses are correct{why}{first})")
+
+
+def check_grades(groups: list[list[Sample]]) -> None:
+    """Raise UsageError if graders failed for a tenth of the responses: all of these are wrong to
+    the trainer, and it would learn from that."""
+    grades = [sample.grade for sample in sum(groups, [])]
+    failed = [g for g in grades if g.status == "error" and g.reward is None]
+    if 10 * len(failed) > len(grades):
+        raise UsageError(f"the graders failed for {len(failed)} of {len(grades)} responses, first: "
+                         f"{failed[0].detail}. Has this machine no memory or processes left?")
 
 
 def reward_failed(grade: Grade) -> bool:
@@ -699,6 +710,15 @@ def set_lr(optimizer, step: int, config: Config) -> float:
     return lr
 
 
+def check_memory(config: Config) -> None:
+    """Say how the run fits into the GPUs; UsageError on all ranks if it does not."""
+    import plan
+
+    say("measuring what an update needs")
+    gpu = torch.cuda.get_device_properties(0).total_memory
+    say(rollout.on_rank_0(lambda: plan.check_run(config, gpu, world_size())))
+
+
 def start_engine(config: Config, tokenizer, precision: torch.dtype | None) -> rollout.Engine:
     c = config
     say("starting vLLM")
@@ -717,6 +737,8 @@ def train(config: Config, run: RunFolder) -> None:
     device = rollout.init_distributed()
     watch()
     run.agree()
+    if device != "cpu":
+        check_memory(config)
     tokenizer, sampler, held_out, judge = load_inputs(config)
     kernel, precision = "grids" if device == "cpu" else "varlen", precision_of(config, device)
     policy, model, reference, optimizer = build(config, device, kernel, precision)
@@ -728,6 +750,7 @@ def train(config: Config, run: RunFolder) -> None:
     engine = start_engine(config, tokenizer, precision)
     if start:
         sync(engine, model, precision)
+    check_sleep(engine, model, precision, sampler.prompts[:4])
     run.open(start)
 
     progress = tqdm(range(start, config.steps + 1), "training", config.steps, initial=start,
@@ -815,6 +838,8 @@ def main(argv: list[str] | None = None) -> None:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(10)  # if all ranks have this error, torchrun ends this one meanwhile
         print(f"error: {error}", file=sys.stderr)
+        if run and run.step is not None and "--resume auto" not in str(error):
+            print(run.where(), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if rank() == 0:

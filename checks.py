@@ -7,12 +7,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from model import full_weights
-from rollout import Engine, enter, gather, in_group, rank, say, world_size
+from rollout import Engine, enter, gather, group, rank, say, world_size
 from verify import UsageError
 
 # Families of which a tiny model is trained in tests/test_models.py, by config.model_type
@@ -81,6 +82,25 @@ def sync(engine: Engine, model: nn.Module, dtype: torch.dtype | None) -> None:
         engine.llm.apply_model(lambda held: check_weights(held, sent))
 
 
+def check_sleep(engine: Engine, model: nn.Module, dtype: torch.dtype | None,
+                prompts: list) -> None:
+    """Raise UsageError unless vLLM, asleep and given the trainer's weights, which are still its
+    own, says what it said before. All ranks must call this."""
+    def answer() -> list[np.ndarray]:
+        return [x.logprobs for _, x in sorted(engine.generate(
+            prompts, 1, [0] * len(prompts), max_tokens=16), key=lambda found: found[0])]
+
+    before = answer()
+    engine.sleep()
+    sync(engine, model, dtype)
+    for old, new in zip(before, answer(), strict=True):
+        # the first token alone: after it rounding may lead to another one
+        if not abs(float(old[0]) - float(new[0])) < 0.05:
+            raise UsageError("vLLM does not say the same after it was put to sleep and given the "
+                             f"weights that it had (log p {old[0]:.3f}, then {new[0]:.3f}): its "
+                             "sleep mode or the sync is broken with this model")
+
+
 def with_checksums(named_tensors, sent: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the tensors, and write (shape, checksum) of each into `sent`."""
     for name, tensor in named_tensors:
@@ -140,7 +160,7 @@ def watch(patience: float = 300.0) -> None:
     """Say from now on, whenever for `patience` seconds no rank has come to another phase, where
     each of them is: none is ended for that, as all rightly wait for the longest response."""
     enter("loading")
-    if in_group() and rank() == 0:
+    if group() and rank() == 0:
         threading.Thread(target=_watch, args=(patience,), daemon=True).start()
 
 

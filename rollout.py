@@ -84,12 +84,18 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def gather(items: list) -> list:
-    """Return the lists of all ranks, one after the other, on every rank."""
-    if world_size() == 1:
-        return items
+def group():
+    """Return torch.distributed where there is a group of several ranks, else None."""
     import torch.distributed as dist
 
+    return dist if world_size() > 1 and dist.is_initialized() else None
+
+
+def gather(items: list) -> list:
+    """Return the lists of all ranks, one after the other, on every rank."""
+    dist = group()
+    if dist is None:
+        return items
     parts: list[list] = [[] for _ in range(world_size())]
     phase = enter(f"waiting after {PHASE[1]}")
     dist.all_gather_object(parts, items)
@@ -99,27 +105,17 @@ def gather(items: list) -> list:
 
 def on_rank_0(make: Callable[[], Any]) -> Any:
     """Return on all ranks what rank 0 makes; a UsageError there is raised on all."""
-    made = error = None
-    if rank() == 0 or not in_group():
+    dist, shared = group(), [None, None]
+    if rank() == 0 or dist is None:
         try:
-            made = make()
+            shared[0] = make()
         except UsageError as why:
-            error = why
-    if in_group():
-        import torch.distributed as dist
-
-        shared = [(made, error)]
+            shared[1] = why
+    if dist is not None:
         dist.broadcast_object_list(shared, src=0)
-        made, error = shared[0]
-    if error:
-        raise error
-    return made
-
-
-def in_group() -> bool:
-    import torch.distributed as dist
-
-    return world_size() > 1 and dist.is_initialized()
+    if shared[1]:
+        raise shared[1]
+    return shared[0]
 
 
 PHASE = [0, "loading"]  # of this rank: how many it has entered, and the last one's name
@@ -128,9 +124,7 @@ PHASE = [0, "loading"]  # of this rank: how many it has entered, and the last on
 def enter(name: str) -> str:
     """Tell other ranks (see checks.watch) what this one does from now on; return what it did."""
     before, PHASE[:] = PHASE[1], [PHASE[0] + 1, name]
-    if in_group():
-        import torch.distributed as dist
-
+    if dist := group():
         store = dist.distributed_c10d._get_default_store()
         store.set(f"phase {rank()}", f"{PHASE[0]} {name}")
     return before
@@ -192,10 +186,8 @@ def load_tokenizer(model: str, max_prompt_length: int, max_response_length: int)
         config = AutoConfig.from_pretrained(model)
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"model {model!r}: neither a save_pretrained folder nor a hub model that loads "
-            f"({str(error).splitlines()[0][:160]})"
-        ) from None
+        raise UsageError(f"model {model!r}: neither a save_pretrained folder nor a hub model that "
+                         f"loads ({str(error).splitlines()[0][:160]})") from None
     wanted = (max_prompt_length or 1) + max_response_length
     context = getattr(config, "max_position_embeddings", None)
     if context is None:
@@ -203,11 +195,9 @@ def load_tokenizer(model: str, max_prompt_length: int, max_response_length: int)
                          "max_position_embeddings; only transformers with attention are supported")
     if wanted > context:
         prompt = f"--max_prompt_length {max_prompt_length}" if max_prompt_length else "a prompt"
-        raise UsageError(
-            f"{prompt} + --max_response_length {max_response_length} = {wanted} tokens exceed the "
-            f"context of {model}, {context}: lower what is too long, or extend the context in the "
-            "model's config.json (RoPE scaling)"
-        )
+        raise UsageError(f"{prompt} + --max_response_length {max_response_length} = {wanted} "
+                         f"tokens exceed the context of {model}, {context}: lower what is too "
+                         "long, or extend the context in the model's config.json (RoPE scaling)")
     return tokenizer, config
 
 
@@ -233,9 +223,8 @@ def format_prompt(
 
 def check_template(tokenizer, template: str) -> None:
     if template not in ("auto", "chat", "plain") and "{problem}" not in template:
-        raise UsageError(
-            f"--template {template!r}: give auto, chat, plain or a text with {{problem}}"
-        )
+        raise UsageError(f"--template {template!r}: give auto, chat, plain or a text with "
+                         "{problem}")
     if template == "chat" and not tokenizer.chat_template:
         raise UsageError("--template chat: the tokenizer has no chat template; give plain")
 
@@ -355,6 +344,19 @@ def stop_token_ids(tokenizer, model: str, template: str = "auto") -> list[int]:
     return sorted({i for i in [tokenizer.eos_token_id, *ids] if i is not None})
 
 
+@contextlib.contextmanager
+def of_vllm(doing: str):
+    """Turn whatever vLLM raises in the block into a UsageError."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as why:
+        said = (str(why).strip() or "no message").splitlines()[-1][:300]
+        raise UsageError(f"vLLM failed {doing} ({type(why).__name__}: {said}). If it lacks memory, "
+                         "lower --max_num_seqs or --gpu_memory") from why
+
+
 class Engine:
     """vLLM in this process, one engine per rank (data parallel replicas); with tensor_parallel T,
     one per T ranks in a row, which then must all make the same calls.
@@ -363,6 +365,7 @@ class Engine:
     refused by the caller: vLLM would truncate silently.
     """
 
+    @of_vllm("to start")
     def __init__(self, model: str, tokenizer, *, max_model_len: int, max_num_seqs: int = 256,
                  gpu_memory: float = 0.6, seed: int = 0, tensor_parallel: int = 1, dtype=None,
                  template: str = "auto", sleeps: bool = True):
@@ -426,13 +429,16 @@ class Engine:
                 params = SamplingParams(seed=seed + j, **common)
                 engine.add_request(str(i * n + j), {"prompt_token_ids": prompt.ids}, params)
         while engine.has_unfinished_requests():
-            for output in engine.step():
+            with of_vllm("while sampling"):
+                outputs = engine.step()
+            for output in outputs:
                 if output.finished:
                     i, response = int(output.request_id), output.outputs[0]
                     ids = np.array(response.token_ids, np.int32)
                     logprobs = np.array(response.logprobs.logprobs, np.float32)
                     yield i, Sample(prompts[i // n], ids, logprobs, response.finish_reason)
 
+    @of_vllm("to take the new weights")
     def load_weights(self, named_tensors: Iterable[tuple[str, Any]]) -> None:
         """Replace the weights by the trainer's, given in layer order under their Hugging Face
         names; wakes the engine if it sleeps."""
@@ -446,8 +452,7 @@ class Engine:
             # vLLM's CPU backend keeps a packed copy of the head; with tied embeddings
             # reload_weights leaves that copy stale, without a word.
             self.llm.apply_model(
-                lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head)
-            )
+                lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
         self.llm.reset_prefix_cache()  # its keys and values came from the old weights
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
@@ -475,9 +480,8 @@ Judge = Callable[[Problem, str], Future]  # (problem, text of a response) -> fut
 
 def judge_by_rules(graders: Graders) -> Judge:
     """Return the judge that asks verify.py's graders."""
-    return lambda problem, text: graders.submit(
-        problem.kind, text, problem.reference, **problem.options
-    )
+    return lambda problem, text: graders.submit(problem.kind, text, problem.reference,
+                                                **problem.options)
 
 
 def judge_by_function(name: str, timeout: float = 10.0) -> Judge:

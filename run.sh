@@ -93,9 +93,6 @@ case $command in
     say "A3PO in the paper's setting on ${n} GPU(s)"
     # A mistake is found here in one process: under torchrun its sentence drowns in reports
     WORLD_SIZE=$n "$VENV/bin/python" a3po.py --setting paper --check "$@"
-    read -r mib < <(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits)
-    "$VENV/bin/python" a3po.py --dry_run --gpus "$n" --gpu_gb $((mib / 1024)) "$@" ||
-      [ $? != 2 ] || exit 2  # 2: it does not fit
     "$VENV/bin/torchrun" --standalone --nproc_per_node "$n" a3po.py --setting paper "$@"
     ;;
   eval)

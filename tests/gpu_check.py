@@ -5,7 +5,8 @@
     python tests/gpu_check.py                                                on a CPU: the demo, toy
 
 Each precision trains three steps as a3po.py does, in processes of its own; other flags go to it.
-That weights reach vLLM is checked by the run itself. Never run on a GPU.
+Once more with compiled layers, which a3po.py has no option for. That weights reach vLLM, and that
+it wakes up as it fell asleep, is checked by each run itself. Never run on a GPU.
 """
 
 import argparse
@@ -16,11 +17,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import a3po  # noqa: E402
+import model  # noqa: E402
 import plan  # noqa: E402
+from rollout import Prompt, Sample, leave  # noqa: E402
+from verify import Grade  # noqa: E402
 
 GPU = torch.cuda.is_available()
 MISMATCH = dict(fp32=1e-5, fp16=5e-3, bf16=5e-2)  # nats; means of more are not the same model
@@ -32,10 +38,52 @@ def line(what: str, measured: str, expected: str, ok: bool | None) -> None:
     print(f"{what:44}{measured:>14}   {expected}", flush=True)
 
 
-def train(precision: str, ranks: int, flags: list[str], folder: Path) -> list[dict]:
+def check_attention() -> None:
+    """Compare attention over packed sequences, four query heads to one of keys, with attention over
+    each sequence alone: with torch's kernel on a GPU, with grids on a CPU."""
+    kernel, device = ("varlen", "cuda") if GPU else ("grids", "cpu")
+    dtype = torch.bfloat16 if GPU else torch.float32
+    prompt, rng = Prompt(None, [1] * 7), np.random.default_rng(0)
+    samples = [Sample(prompt, np.ones(n, np.int32), np.zeros(n, np.float32), "stop",
+                      grade=Grade(True, None)) for n in rng.integers(1, 300, 8)]
+    layout = model.collate(samples, device, kernel)["attention"]
+    tokens = 7 + sum(len(sample.ids) for sample in samples)
+    query, key, value = (torch.randn(1, heads, tokens, 64, device=device, dtype=dtype)
+                         for heads in (8, 2, 2))
+    attend = model.varlen_attention if GPU else model.grid_attention
+    ours, begin, worst = attend(None, query, key, value, None, **layout)[0][0], 7, 0.0
+    for sample in samples:
+        end = begin + len(sample.ids)
+        at = torch.cat([torch.arange(7), torch.arange(begin, end)]).to(device)
+        alone = torch.nn.functional.scaled_dot_product_attention(
+            *(x.index_select(2, at).float() for x in (query, key, value)), is_causal=True,
+            enable_gqa=True)[0].transpose(0, 1)
+        worst = max(worst, (ours[at[7:]].float() - alone[7:]).abs().max().item())
+        begin = end
+    line(f"attention, {kernel}: packed against alone", f"{worst:.1e}", f"at most {3e-2:g}",
+         worst < 3e-2)
+
+
+def compiled(argv: list[str]) -> None:
+    """Train with each layer compiled."""
+    load = a3po.load_model
+
+    def load_and_compile(*args):
+        loaded = load(*args)
+        children = loaded.get_decoder().children()
+        for layer in next(child for child in children if isinstance(child, torch.nn.ModuleList)):
+            layer.compile()
+        return loaded
+
+    a3po.load_model = load_and_compile
+    a3po.main(argv)
+    leave()
+
+
+def train(precision: str, ranks: int, flags: list[str], folder: Path, script: list) -> list[dict]:
     """Return the steps' metrics; a run that fails has said why."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *(launcher if ranks > 1 else []), "a3po.py", *flags,
+    command = [sys.executable, *(launcher if ranks > 1 else []), *script, *flags,
                f"--precision={precision}", f"--output_dir={folder}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -45,31 +93,31 @@ def train(precision: str, ranks: int, flags: list[str], folder: Path) -> list[di
     return [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def check(precision: str, ranks: int, steps: list[dict], planned: dict | None) -> None:
-    most = MISMATCH[precision]
+def check(how: str, ranks: int, steps: list[dict], planned: dict | None) -> None:
+    most = MISMATCH[how.partition(" ")[0]]
     for step, when in ((0, "before an update"), (2, "after two syncs")):
         value = steps[step]["mismatch_mean"]
         if value is not None:
-            line(f"{precision}: mismatch, {when}", f"{value:.1e}", f"at most {most:g}",
+            line(f"{how}: mismatch, {when}", f"{value:.1e}", f"at most {most:g}",
                  value < most)
     ratios = [s["ratio_max_deviation"] for s in steps if s["ratio_max_deviation"] is not None]
-    line(f"{precision}: |ratio - 1| at a first update", f"{max(ratios, default=0):.1e}",
+    line(f"{how}: |ratio - 1| at a first update", f"{max(ratios, default=0):.1e}",
          "at most 1e-5", max(ratios, default=0) <= 1e-5)
     skipped = sum(s["skipped_updates"] for s in steps)
-    line(f"{precision}: skipped updates", str(skipped), "0; in fp16 a few", skipped == 0)
+    line(f"{how}: skipped updates", str(skipped), "0; in fp16 a few", skipped == 0)
     last, speed = steps[-1], steps[-1]["tokens_per_second"] / ranks
     parts = {key[8:]: value for key, value in last.items() if key.startswith("seconds_")}
-    line(f"{precision}: tokens/s/GPU, whole step", f"{speed:.0f}",
+    line(f"{how}: tokens/s/GPU, whole step", f"{speed:.0f}",
          "NeMo-RL has 1,581 for 8B on 16 H100s", None)
-    line(f"{precision}: seconds of a step", f"{last['seconds']:.1f}",
+    line(f"{how}: seconds of a step", f"{last['seconds']:.1f}",
          ", ".join(f"{k} {v:.1f}" for k, v in parts.items()), None)
     if planned:
         flops = planned["update_flops"] / planned["tokens"] * last["rollout_tokens"]
         mfu = flops / last["seconds_update"] / ranks / plan.SPEEDS["flops"]
-        line(f"{precision}: MFU of the update, at most", f"{mfu:.1%}", "40 % of an H100", mfu > 0.3)
+        line(f"{how}: MFU of the update, at most", f"{mfu:.1%}", "40 % of an H100", mfu > 0.3)
     if planned and "memory_gib" in last:
-        expected = (planned["peak"]["total"] + planned["reference"]) / plan.GIB
-        line(f"{precision}: memory of the update, GiB", f"{last['memory_gib']:.1f}",
+        expected = planned["peak"] / plan.GIB
+        line(f"{how}: memory of the update, GiB", f"{last['memory_gib']:.1f}",
              f"{expected:.1f} by the plan", abs(last["memory_gib"] / expected - 1) < 0.1)
 
 
@@ -77,16 +125,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=1)
+    if sys.argv[1:2] == ["compiled"]:
+        return compiled(sys.argv[2:])
     args, flags = parser.parse_known_args()
     flags = [f"--setting={'paper' if GPU else 'demo'}", *SMALL, *flags]
     device = torch.cuda.get_device_name() if GPU else "CPU: toy figures, none of them a speed"
     print(f"{device}, {args.ranks} rank(s), torch {torch.__version__}")
     planned = plan.in_process(args.ranks, flags) if GPU else None
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    for precision in ("bf16", "fp16") if GPU else ("fp32", "fp16", "bf16"):
+    check_attention()
+    for how in ("bf16", "bf16 compiled", "fp16") if GPU else ("fp32", "fp16", "bf16 compiled"):
+        precision, _, compile = how.partition(" ")
+        script = ["tests/gpu_check.py", "compiled"] if compile else ["a3po.py"]
         with tempfile.TemporaryDirectory() as folder:
-            if steps := train(precision, args.ranks, flags, Path(folder) / "run"):
-                check(precision, args.ranks, steps, planned)
+            if steps := train(precision, args.ranks, flags, Path(folder) / "run", script):
+                check(how, args.ranks, steps, planned)
 
 
 if __name__ == "__main__":

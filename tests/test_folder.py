@@ -246,7 +246,7 @@ def test_run_sh_checks_before_it_starts_torchrun(tmp_path):
     bin = tmp_path / "bin"
     bin.mkdir()
     (tmp_path / f".installed-gpu-{sums}").touch()
-    for name, does in (("nvidia-smi", "echo 81559; sleep 0.1; echo 81559"),
+    for name, does in (("nvidia-smi", "echo GPU 0; echo GPU 1"),
                        ("torchrun", 'echo "torchrun $*"'), ("python",
                         'echo "$WORLD_SIZE $*"; [ "${!#}" != --seed=-1 ]')):
         (bin / name).write_text(f"#!/bin/bash\n{does}\n")
@@ -256,5 +256,4 @@ def test_run_sh_checks_before_it_starts_torchrun(tmp_path):
         done = subprocess.run(["bash", "run.sh", "train", flag], cwd=ROOT, env=env,
                               capture_output=True, text=True)
         assert f"2 a3po.py --setting paper --check {flag}" in done.stdout, done.stderr
-        assert (f"a3po.py --dry_run --gpus 2 --gpu_gb 79 {flag}" in done.stdout) == ok
         assert ("torchrun" in done.stdout) == ok and (done.returncode == 0) == ok

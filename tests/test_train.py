@@ -15,10 +15,11 @@ import torch
 from conftest import ROOT, run
 
 import a3po
+import checks
 import eval as evaluation
 import verify
 from config import PRESETS, RANGES
-from rollout import Problem, Prompt, PromptSampler, Sample
+from rollout import Engine, Problem, Prompt, PromptSampler, Sample
 from verify import UsageError
 
 SHORT = ["a3po.py", "--setting=demo", "--eval_limit=32", "--prompts_per_step=8", "--group_size=4",
@@ -191,8 +192,9 @@ def test_the_gpu_checks_run_on_a_cpu_too():
     done = run("tests/gpu_check.py")
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
-    assert sum(line.endswith("ok") for line in lines) == 12 and "LOOK" not in done.stdout
-    assert [line.split(":")[0] for line in lines[1::6]] == ["fp32", "fp16", "bf16"]
+    assert sum(line.endswith("ok") for line in lines) == 13 and "LOOK" not in done.stdout
+    assert lines[1].startswith("attention, grids: packed against alone")
+    assert [line.split(":")[0] for line in lines[2::6]] == ["fp32", "fp16", "bf16 compiled"]
 
 
 @pytest.mark.slow
@@ -261,6 +263,76 @@ def test_bad_input_is_one_sentence(flags, says, tmp_path, capsys, monkeypatch):
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert says in error
     assert not (tmp_path / "out").exists()
+
+
+def test_faults_of_vllm_are_sentences():
+    class Dying:
+        stop_ids: list = []
+        asleep = False
+
+        def __init__(self):
+            self.llm = self.llm_engine = self
+
+        def add_request(self, *_):
+            pass
+
+        def has_unfinished_requests(self):
+            return True
+
+        def step(self):
+            raise RuntimeError("Traceback of the core\nCUDA out of memory. Tried 2 GiB")
+
+        def collective_rpc(self, *_, **__):
+            raise KeyError("lm_head.weight")
+
+    engine, prompt = Dying(), Prompt(None, [1, 2])
+    with pytest.raises(UsageError, match=r"failed while sampling \(RuntimeError: CUDA out of mem.*"
+                                         "lower --max_num_seqs"):
+        next(Engine.generate(engine, [prompt], 1, [0], max_tokens=3))
+    with pytest.raises(UsageError, match="failed to take the new weights .KeyError: 'lm_head"):
+        Engine.load_weights(engine, [])
+
+
+def test_graders_that_fail_end_the_run():
+    def group(*statuses):
+        return [Sample(None, [], [], "stop", grade=verify.Grade(False, None, s, "worker: killed"))
+                for s in statuses]
+
+    a3po.check_grades([group("ok", "timeout", "no_answer", "bad_reference")] * 5)
+    a3po.check_grades([group("ok", "ok")] * 9 + [group("ok", "error")])
+    with pytest.raises(UsageError, match="graders failed for 2 of 8 responses, first: worker: kil"):
+        a3po.check_grades([group("ok", "error")] * 2 + [group("ok", "ok")] * 2)
+
+
+def test_an_error_in_the_middle_says_where_the_run_stands(tmp_path, capsys, monkeypatch):
+    def fail(config, run):
+        run.step, run.saved = 7, 5
+        raise UsageError("vLLM failed")
+
+    monkeypatch.setattr(a3po, "train", fail)
+    with pytest.raises(SystemExit):
+        a3po.main(["--setting=demo", f"--output_dir={tmp_path / 'run'}"])
+    said = capsys.readouterr().err
+    assert "error: vLLM failed\ninterrupted at step 7; checkpoint at step 5; go on with " in said
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_an_engine_that_wakes_up_as_another_is_seen(broken, monkeypatch):
+    class Sleeper:
+        gap = 0.0
+
+        def generate(self, prompts, n, seeds, **_):
+            yield from reversed([(i, Sample(p, np.ones(2), np.array([-1.0 - i - self.gap, -5 * (
+                self.gap > 0)]), "stop")) for i, p in enumerate(prompts)])  # in any order
+
+        def sleep(self):
+            self.gap = 0.1 if broken else 1e-3
+
+    monkeypatch.setattr(checks, "sync", lambda *_: None)
+    if not broken:
+        return checks.check_sleep(Sleeper(), None, None, [1, 2])
+    with pytest.raises(UsageError, match=r"put to sleep .*log p -1.000, then -1.100"):
+        checks.check_sleep(Sleeper(), None, None, [1, 2])
 
 
 def batch(gap: float = 0.0, moved: float = 0.0) -> dict:
