@@ -447,6 +447,26 @@ def test_finished_evaluations_need_no_engine_and_keep_their_settings(whole, data
         assert says in capsys.readouterr().err
 
 
+def test_the_papers_average_is_a_column_of_its_own():
+    five = {name: dict(accuracy=i / 10, accuracy_stderr=0.01) for i, name in
+            enumerate(evaluation.PAPER)}
+    more = five | {"hmmt25": dict(accuracy=0.8, accuracy_stderr=0.02)}
+    assert "paper's five" not in evaluation.results_table("m", five)
+    heads, _, cells = evaluation.results_table("m", more).splitlines()[:3]
+    heads, cells = ([x.strip() for x in row.split("|")[1:-1]] for row in (heads, cells))
+    assert dict(zip(heads, cells, strict=True))["paper's five"] == "20.0 ± 0.4"
+    assert dict(zip(heads, cells, strict=True))["average"] == "30.0 ± 0.5"
+
+
+def test_heads_that_the_ranks_cannot_share_are_refused(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(rollout, "world_size", lambda: 3)
+    monkeypatch.setattr(rollout, "Engine", lambda *_, **__: pytest.fail("an engine was started"))
+    with pytest.raises(SystemExit):
+        evaluation.main(["--model=demo/model", "--benchmarks=demo", "--tensor_parallel=3"])
+    assert "--tensor_parallel 3 does not divide the model's 2 attention" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags, says",
     [
