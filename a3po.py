@@ -270,7 +270,8 @@ def make_batches(
             packs = [pack(share, config.micro_batch_tokens) for share in deal(chosen, world_size())]
             surplus = max(map(len, packs)) - len(packs[rank()])
             for mine in packs[rank()] + [[nothing()]] * surplus:
-                micro_batches.append(collate(mine, device, kernel) | dict(trained=trained))
+                batch = collate(mine, device, kernel)
+                micro_batches.append(batch | dict(trained=trained, samples=mine))
         if micro_batches:
             mini_batches.append(micro_batches)
     return mini_batches
@@ -351,6 +352,7 @@ def update(policy, optimizer, mini_batches: list[list[dict]], config: Config, rh
                 negative_weight=c.negative_weight, positive_cell=c.positive_cell,
                 negative_cell=c.negative_cell, entropy=batch["entropy"], **rho,
             )  # (B, T)
+            batch |= dict(logprobs=logprobs.detach(), shaped=advantages)  # for RunFolder.log_tokens
             loss, stats = policy_loss(
                 logprobs, batch["old_logprobs"], advantages, batch["loss_mask"],
                 clip_low=c.clip_low, clip_high=c.clip_high, dual_clip=c.dual_clip,
@@ -787,6 +789,7 @@ def train(config: Config, run: RunFolder) -> None:
             metrics = dict(step=step) | rollout_metrics(drawn, config) | token_metrics(mini_batches)
             run.log_step(metrics | diagnostics | seconds | rho | dict(lr=lr))
             run.log_rollouts(step, drawn, config.log_rollouts)
+            run.log_tokens(step, groups, mini_batches, tokenizer)
             stop = run.asked_to_stop()
             if stop or is_due(step + 1, config.save_every, config.steps):
                 run.saved = checkpoints.save(step + 1, sampler.state()) or run.saved

@@ -109,6 +109,9 @@ class Config:
     save_every: int = opt(50, "steps between checkpoints, 0 = only after the last step")
     keep_checkpoints: int = opt(0, "the newest N stay on disk, 0 = all")
     log_rollouts: int = opt(4, "responses a step written to rollouts.jsonl")
+    log_tokens: int = opt(0, "responses a step whose every token is written to tokens.jsonl, for "
+                          "eval.py show")
+    log_to: str = opt("", "also log metrics to any of tensorboard,wandb,trackio")
     grade_timeout: float = opt(10.0, "seconds a grader may take for one response")
 
 
@@ -119,7 +122,7 @@ RANGES = {  # which values the fields may have
     "[0, inf)": "seed steps max_refills overlong_buffer positive_weight negative_weight "
                 "rho_positive rho_negative decay_rate clip_high dual_clip kl_coef tis_cap lr "
                 "warmup_steps weight_decay eval_every eval_limit eval_temperature save_every "
-                "keep_checkpoints log_rollouts shard_ranks",
+                "keep_checkpoints log_rollouts log_tokens shard_ranks",
     "(0, inf)": "temperature max_grad_norm grade_timeout",
     "(0, 1]": "gpu_memory token_fraction entropy_fraction proxy_delta eval_top_p",
     "[0, 1]": "clip_low",
@@ -136,7 +139,7 @@ SETTINGS = {
         mini_batches=8, max_prompt_length=64, max_response_length=64, lr=1.5e-4, warmup_steps=5,
         adam_beta2=0.95, weight_decay=0.0, head_chunk=256, micro_batch_tokens=2048,
         eval_every=20, eval_n=4, eval_temperature=1.0, eval_top_p=1.0, save_every=0,
-        gradient_checkpointing=False, decay_rate=0.015,
+        gradient_checkpointing=False, decay_rate=0.015, log_tokens=8,
     ),
 }
 

@@ -6,6 +6,7 @@
     python eval.py --model M --data my_problems.jsonl --kind math|choice|code
     python eval.py compare evals/X evals/Y           differences, with confidence intervals
     python eval.py plot runs/X [runs/Y ...]          training curves, with bands over seeds
+    python eval.py show runs/X | evals/X             a page: curves, and responses token by token
     python eval.py glossary [NAME ...]               what each metric means, what is healthy
 
 Protocol: as in the authors' validation [C], 8 samples of at most 8192 tokens at temperature 0.6,
@@ -773,6 +774,10 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     command = argv[0] if argv else ""
     try:
+        if command == "show":
+            from show import main as show
+
+            return show(argv[1:])
         if command not in ("compare", "plot", "glossary"):
             return run(parse_args(argv))
         parser = argparse.ArgumentParser(f"eval.py {command}")

@@ -28,6 +28,7 @@ from eval import (
 )
 from model import full_weights
 from rollout import Sample, gather, rank, say
+from trackers import Trackers, installed
 from verify import UsageError
 
 # ---- the folder ---------------------------------------------------------------------------------
@@ -35,7 +36,7 @@ from verify import UsageError
 # Flags of a training run that change neither its method nor its data.
 UNCHECKED = (
     "output_dir resume resume_changed check keep_checkpoints steps setting save_every eval_every "
-    "eval_n eval_limit eval_data eval_kind log_rollouts max_num_seqs gpu_memory "
+    "eval_n eval_limit eval_data eval_kind log_rollouts log_tokens log_to max_num_seqs gpu_memory "
     "micro_batch_tokens head_chunk gradient_checkpointing parallel grade_timeout unsafe_code"
 ).split()
 CONSOLE = {  # metric: format
@@ -55,6 +56,8 @@ class RunFolder:
         self.settings, self.printed, self.lines = settings, 0.0, 0
         self.terminated = False
         self.step, self.saved, self.changed = None, None, []
+        self.trackers: Trackers | None = None  # rank 0's
+        self.log_to = installed(settings.get("log_to", ""))
         if (self.path / "metrics.jsonl").exists():
             if not settings["resume"]:
                 raise UsageError(f"--output_dir {self.path} holds a run already: go on with it "
@@ -135,9 +138,11 @@ class RunFolder:
             older = len(list(self.path.glob("config.*.json")))
             shutil.copyfile(config, self.path / f"config.{older + 1}.json")
         replace_file(config, json.dumps(about, indent=1) + "\n")
+        if self.log_to:
+            self.trackers = Trackers(self.log_to, self.path, about, start)
         say(f"the run is in {self.path}; to end it after a step with a checkpoint: touch "
             f"{self.path / 'stop'}")
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
+        for name in ("metrics.jsonl", "rollouts.jsonl", "tokens.jsonl"):
             keep_records(self.path / name, start)
 
     def append(self, name: str, record: dict) -> None:
@@ -148,11 +153,16 @@ class RunFolder:
             raise UsageError(f"{self.path / name} cannot be written ({why.strerror}): make room, "
                              f"and go on with --resume auto --output_dir {self.path}") from None
 
+    def log_metrics(self, metrics: dict) -> None:
+        self.append("metrics.jsonl", metrics)
+        if self.trackers:
+            self.trackers.log(metrics["step"], metrics)
+
     def log_step(self, metrics: dict) -> None:
         """Append the step's metrics and its speed; print a line at most every two seconds."""
         total = sum(value for name, value in metrics.items() if name.startswith("seconds_"))
         metrics |= dict(tokens_per_second=metrics["rollout_tokens"] / total, seconds=total)
-        self.append("metrics.jsonl", metrics)
+        self.log_metrics(metrics)
         if self.step is None and metrics["truncated"] > 0.5:
             say(f"NOTE: {metrics['truncated']:.0%} of the responses are cut off at their limit, so "
                 "wrong: raise --max_response_length, or try another --template")
@@ -170,7 +180,7 @@ class RunFolder:
     def log_eval(self, step: int, metrics: dict) -> None:
         """Append an evaluation's metrics, with eval_ before their names; print a line."""
         named = {f"eval_{name}": value for name, value in metrics.items()}
-        self.append("metrics.jsonl", dict(step=step, **named))
+        self.log_metrics(dict(step=step, **named))
         say(f"{step:6d}  held-out accuracy {metrics['accuracy']:.3f} "
             f"+- {metrics['accuracy_stderr']:.3f}, length {metrics['length']:.1f}")
 
@@ -185,6 +195,20 @@ class RunFolder:
                 correct=grade.correct, status=grade.status, reward=s.reward, length=len(s.ids),
                 finish_reason=s.finish_reason))
 
+    def log_tokens(self, step: int, groups: list, mini_batches: list, tokenizer) -> None:
+        """Append what the update knew of every token of the first `log_tokens` responses. All ranks
+        must call this, as each has some of them."""
+        if not self.settings["log_tokens"]:
+            return
+        chosen = sum(groups, [])[: self.settings["log_tokens"]]
+        places, mine = {id(sample): i for i, sample in enumerate(chosen)}, []
+        for batch in sum(mini_batches, []):
+            for row, sample in enumerate(batch["samples"]):
+                if id(sample) in places:
+                    mine.append((places[id(sample)], token_values(batch, row, sample, tokenizer)))
+        for _, values in sorted(gather(mine), key=lambda found: found[0]):
+            self.append("tokens.jsonl", dict(step=step) | values)
+
     def finish(self) -> None:
         """Draw the curves; print and write the before/after table. Raises UsageError if the last
         checkpoint could not be written."""
@@ -193,9 +217,30 @@ class RunFolder:
             table = before_after(self.path / "metrics.jsonl")
             replace_file(self.path / "summary.md", table + "\n")
             say(f"\n{table}\n\ntrained for {time.time() - self.opened:.0f} s; everything is in "
-                f"{self.path}/ (curves.png is the picture)")
+                f"{self.path}/ (curves.png is the picture, `python eval.py show {self.path}` makes "
+                "a page with the responses)")
         if (self.saved or 0) != self.settings["steps"]:
             raise UsageError("the trained model was not saved, see above")
+
+
+def token_values(batch: dict, row: int, sample: Sample, tokenizer) -> dict:
+    """Return what is known of a sample's tokens, that of each in a list: its text; log-probs as
+    vLLM sampled it (vllm), of the policy that sampled (old) and of the one that was updated (new);
+    entropy; weight, the factor on the advantage. None for what was not computed."""
+    n, problem, grade = len(sample.ids), sample.prompt.problem, sample.grade
+    values = dict(vllm=batch["rollout_logprobs"], old=batch.get("old_logprobs"),
+                  new=batch.get("logprobs"), entropy=batch.get("entropy"), weight=None)
+    if "shaped" in batch and sample.advantage:
+        values["weight"] = batch["shaped"] / sample.advantage
+    return dict(
+        id=problem.id, problem=problem.text,
+        reference=None if problem.kind == "code" else problem.reference, reward=sample.reward,
+        correct=sample.correct, status=grade.status, extracted=grade.extracted,
+        finish_reason=sample.finish_reason,
+        advantage=round(sample.advantage, 4), tokens=[tokenizer.decode([i]) for i in sample.ids],
+        **{name: value if value is None else [round(x, 4) for x in value[row, :n].tolist()]
+           for name, value in values.items()},
+    )
 
 
 def show_example(sample: Sample, tokenizer) -> None:

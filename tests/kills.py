@@ -74,10 +74,10 @@ def main() -> None:
         error = process.communicate()[1].decode()
         assert process.returncode == 0, error[-3000:]
         killed = kill_often(often, steps, args.kills, random.Random(args.seed))
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
+        for name in ("metrics.jsonl", "rollouts.jsonl", "tokens.jsonl"):
             assert lines(alone, name) == lines(often, name), f"{name} differs"
-        print(f"{len(killed)} kills, {steps} steps: every line of metrics.jsonl and rollouts.jsonl "
-              "is that of the run that was left alone")
+        print(f"{len(killed)} kills, {steps} steps: every line of metrics.jsonl, rollouts.jsonl "
+              "and tokens.jsonl is that of the run that was left alone")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,19 @@ def test_the_run_folder_is_complete(whole_run):
     assert "| accuracy |" in (folder / "summary.md").read_text()
     rollouts = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
     assert {"problem", "response", "correct", "extracted", "answer", "kind"} <= rollouts[0].keys()
+    tokens = [json.loads(line) for line in (folder / "tokens.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in tokens] == [step for step in range(6) for _ in range(8)]
+    for line, rho in [(line, 2.0 - 0.015 * line["step"]) for line in tokens]:
+        n = len(line["tokens"])
+        assert "".join(line["tokens"]).endswith("<eos>") or line["finish_reason"] == "length"
+        assert all(len(line[name]) == n for name in ("vllm", "old", "new", "entropy", "weight"))
+        chosen = [i for i, weight in enumerate(line["weight"]) if weight != 1]
+        assert len(chosen) == max(1, int(0.2 * n)) and line["weight"][chosen[0]] == round(rho, 4)
+        probable = sorted(line["old"], reverse=not line["correct"])[: len(chosen)]
+        assert sorted(line["old"][i] for i in chosen) == sorted(probable)
+        assert line["old"] == pytest.approx(line["vllm"], abs=2e-4)
+    moved = [line["old"] != line["new"] for line in tokens]
+    assert any(moved) and not all(moved)  # those of a step's first update are as they were
     saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert saved == ["step_2", "step_4", "step_6"]
     resumable = [path.parent.name for path in (folder / "checkpoints").glob("*/resume")]
@@ -124,6 +137,11 @@ def test_two_ranks_do_the_same_as_one(whole_run, tmp_path, parallel):
         for key in ("entropy", "grad_norm", "loss", "response_length"):
             assert two[step][key] == pytest.approx(one[step][key], rel=1e-3), (step, key)
     assert (tmp_path / parallel / "checkpoints" / "step_2" / "model.safetensors").exists()
+    told = [[json.loads(line) for line in (path / "tokens.jsonl").read_text().splitlines()][:16]
+            for path in (whole_run[0], tmp_path / parallel)]  # in the same order for any ranks
+    for ours, theirs in zip(*told, strict=True):
+        assert ours["tokens"] == theirs["tokens"] and ours["step"] == theirs["step"]
+        assert ours["new"] == pytest.approx(theirs["new"], abs=1e-3)
 
 
 @pytest.mark.slow

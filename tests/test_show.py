@@ -1,0 +1,139 @@
+"""The page of a run, also as a browser shows it where Chromium is installed."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+import eval as evaluation
+import show
+
+HOSTILE = "</script><script>document.title = 'taken over'</script><img src=x onerror=alert(1)>"
+
+
+def response(step, correct, tokens, **more):
+    n = len(tokens)
+    return dict(
+        step=step, id="p1", problem=f"Compute {step}.", reference="3", reward=float(correct),
+        correct=correct, status="ok", extracted="3", finish_reason="stop",
+        advantage=1.0 if correct else -1.0, tokens=tokens, vllm=[-0.1] * n, old=[-0.1, -2.0, -0.5],
+        new=[-0.1, -1.0, -0.5], entropy=[0.1, 1.5, 0.2], weight=[1.0, 2.0, 1.0]) | more
+
+
+def training_run(folder, responses):
+    config = vars(evaluation_config()) | dict(environment=dict(commit="abc"))
+    (folder / "config.json").write_text(json.dumps(config))
+    metrics = [dict(step=0, eval_accuracy=0.2, eval_n=4), *(
+        dict(step=s, reward=s / 4, entropy=0.5, ratio_max=0.1, mismatch_mean=1e-7) for s in
+        range(3)), dict(step=3, eval_accuracy=0.6, eval_n=4)]
+    for name, rows in (("metrics", metrics), ("tokens", responses)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def evaluation_config():
+    from config import parse_args
+
+    return parse_args(["--setting=demo", "--preset=dapo", "--lr=0.5"])
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    return training_run(tmp_path, [
+        response(0, True, ["1+2", "=3", "<eos>"]), response(0, False, ["1+2", "=4", "<eos>"]),
+        response(1, False, [HOSTILE, "x", "y"], status="no_answer", problem=HOSTILE),
+        response(2, True, ["a", "b", "c"], old=None, new=None, entropy=None, weight=None)])
+
+
+def data_of(path):
+    text = path.read_text()
+    return json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
+
+
+def test_the_page_has_the_run(run_folder, capsys):
+    evaluation.main(["show", str(run_folder)])
+    assert "4 responses" in capsys.readouterr().out
+    data = data_of(run_folder / "page.html")
+    assert data["responses"][2]["tokens"][0] == HOSTILE  # and the page does not end there
+    assert ["lr", "0.5", "0.00015"] in data["changed"] and len(data["changed"]) == 1
+    assert [row[0] for row in data["table"]] == ["", "held out, step 0", "held out, step 3"]
+    assert data["curves"][0][0]["points"] == [[0, 0], [1, 0.25], [2, 0.5]]
+    evaluation.main(["show", str(run_folder), "--step=1", f"--out={run_folder}/one.html"])
+    assert [x["step"] for x in data_of(run_folder / "one.html")["responses"]] == [1]
+    assert "http" not in show.PAGE.replace("http://www.w3.org/2000/svg", "")  # no network
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["/nowhere"], "holds neither a training run"), (["--step=9"], "--step 9: no response")])
+def test_what_cannot_be_shown_is_a_sentence(flags, says, run_folder, capsys):
+    flags = flags if flags[0][0] == "/" else [str(run_folder), *flags]
+    with pytest.raises(SystemExit):
+        evaluation.main(["show", *flags])
+    assert says in capsys.readouterr().err
+
+
+def test_an_evaluation_and_a_run_without_tokens_are_shown_as_text(run_folder, tmp_path):
+    (run_folder / "tokens.jsonl").unlink()
+    (run_folder / "rollouts.jsonl").write_text(json.dumps(dict(
+        step=0, id="p", problem="1+1", answer="2", response="It is 2", correct=True, status="ok",
+        reward=1.0)) + "\n")
+    [shown] = show.of_training(run_folder)["responses"]
+    assert shown["text"] == "It is 2" and shown["reference"] == "2"
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(dict(
+        settings=dict(model="m"), environment=dict(torch="2"), benchmarks=dict(demo=dict(
+            accuracy=0.5, n=2)))))
+    (folder / "samples.jsonl").write_text(json.dumps(dict(
+        benchmark="demo", id="7", sample=0, correct=False, status="ok", response="so 3",
+        answer="2")) + "\n")
+    data = show.of_evaluation(folder)
+    assert data["table"] == [["", "accuracy", "n"], ["demo", "0.5", "2"]]
+    assert data["responses"][0]["problem"] == "demo: 7"
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+ACT = """<script>
+const result = [], count = () => $("count").textContent.replace(/,.*/, "");
+const press = key => document.dispatchEvent(new KeyboardEvent("keydown", {key}));
+const set = (id, value, event) => { $(id).value = value; $(id).dispatchEvent(new Event(event)); };
+result.push(count());
+set("verdict", "wrong", "change"); result.push(count());
+set("status", "no_answer", "change"); result.push(count());
+result.push($("main").querySelector("h2").textContent === HOSTILE);
+set("status", "all", "change"); set("verdict", "all", "change");
+set("search", "=3", "input"); result.push(count());
+set("search", "", "input"); set("step", "2", "change"); result.push(count());
+set("step", "all", "change"); press("j"); press("j"); press("j"); press("k");
+result.push([...$("list").children].findIndex(b => b.classList.contains("here")));
+press("k");
+const token = document.querySelectorAll(".text span")[1];
+token.dispatchEvent(new MouseEvent("mousemove", {bubbles: true, clientX: 5, clientY: 5}));
+result.push($("tip").textContent, token.className, document.title);
+document.body.dataset.result = JSON.stringify(result);
+</script></html>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+def test_a_browser_shows_it(run_folder, tmp_path):
+    evaluation.main(["show", str(run_folder)])
+    path = tmp_path / "page.html"
+    hostile = json.dumps(HOSTILE).replace("<", "\\u003c")
+    path.write_text(path.read_text().replace("</html>", ACT.replace("HOSTILE", hostile)))
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--dump-dom",
+         "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr",
+         f"--user-data-dir={tmp_path}/profile", path.as_uri()],
+        capture_output=True, text=True, timeout=100)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    result = json.loads(re.search(r'data-result="(.*?)"', done.stdout)[1].replace("&quot;", '"')
+                        .replace("&gt;", ">").replace("&lt;", "<").replace("&amp;", "&"))
+    assert result[:6] == ["4 responses to 3 prompts", "2 responses to 2 prompts",
+                          "1 responses to 1 prompts", True, "1 responses to 1 prompts",
+                          "1 responses to 1 prompts"]
+    assert result[6] == 1
+    assert "probability 0.1353" in result[7] and "ratio 2.718, clipped" in result[7]
+    assert "advantage 1 x 2 = 2.000" in result[7] and "entropy 1.500 nats" in result[7]
+    assert result[8:] == ["chosen", "dapo on train.jsonl"]
