@@ -5,6 +5,7 @@
 #   bash run.sh install         make .venv and install the pinned requirements, nothing else
 #   bash run.sh demo [flags]    train the embedded tiny model; minutes on a laptop, no GPU needed
 #   bash run.sh smollm2 [flags] train SmolLM2-135M, a real language model, on word problems; 30 min
+#   bash run.sh study [flags]   which of the paper's findings show here; --quick: a minute or two
 #   bash run.sh test [flags]    run the tests (pytest flags; -m slow: the slow ones, -m "": all)
 #   bash run.sh train [flags]   the paper's setting: Qwen3-8B-Base on DAPO-Math-17k, all GPUs
 #   bash run.sh eval [flags]    evaluate a checkpoint, e.g. --model demo/model --benchmarks demo
@@ -80,6 +81,10 @@ case $command in
       --eval_data $out/test.jsonl --template "$(<demo/smollm2/template.txt)"$'\n' \
       --max_prompt_length 256 --max_response_length 40 --prompts_per_step 8 --mini_batches 2 \
       --steps 20 --lr 1e-5 --decay_rate 0.075 --eval_every 5 --eval_n 2 --log_rollouts 8 "$@"
+    ;;
+  study)
+    install
+    "$VENV/bin/python" study/study.py "$@"
     ;;
   test)
     install

@@ -14,9 +14,11 @@ import itertools
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 HERE = Path(__file__).resolve().parent
@@ -42,6 +44,45 @@ def plain() -> Iterator[make_demo.Problem]:
 
 def strategies(skill: float) -> dict[str, float]:
     return {"precedence": skill, "left to right": 83, "sums first": 100 - 83 - skill}
+
+
+# ---- what an answer shows ----
+
+
+def steps_of(response: str) -> list[tuple[str, ...]]:
+    """Return the steps (operator, smaller, larger, result) of a solution; a re-check is none."""
+    found = re.findall(r"(\d+)([+*])(\d+)=(\d+)", response)
+    steps = [(op, *sorted((a, b), key=int), c) for a, op, b, c in found]
+    return [step for step, _ in itertools.groupby(steps)]
+
+
+def by_precedence(problem: str, response: str) -> bool:
+    """Return whether every product is one of factors of the same term, and none is left out: a
+    right answer without that is luck."""
+    terms = [Counter(re.findall(r"\d+", term)) for term in problem.split("+")]
+    for op, a, b, c in steps_of(response):
+        if op == "*":
+            term = next((t for t in terms if not Counter((a, b)) - t), None)
+            if term is None:
+                return False
+            term.subtract((a, b))
+            term[c] += 1
+    return all(term.total() == 1 for term in terms)
+
+
+def distinct_of_4(groups: list[list[dict]]) -> float | None:
+    """Return how many different derivations four right answers to a problem have, expected."""
+    found = []
+    for group in groups:
+        right = Counter(str(steps_of(x["response"])) for x in group if x["correct"])
+        n = right.total()
+        if n >= 4:
+            alone = [math.comb(n - count, 4) / math.comb(n, 4) for count in right.values()]
+            found.append(len(alone) - sum(alone))
+    return float(np.mean(found)) if found else None
+
+
+# ---- making them ----
 
 
 def make_problems(out: Path) -> list[make_demo.Problem]:

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from math import comb, isfinite
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +182,8 @@ CLAIMS = [
             name, "a3po", AT_50, 0.03, "differs") for name in READINGS),
 ]
 LEVEL = 0.05  # of all tests and intervals
+RULE = """Each claim was written down in study.py before the runs. Seeds are paired; the interval is
+Student's t over the pairs, p is adjusted for the claims of a family (Holm). """
 
 
 # ---- one run ------------------------------------------------------------------------------------
@@ -213,40 +215,10 @@ class Run:
                 *REGIMES[regime][1].split(), *METHODS[self.method].split(), f"--seed={self.seed}"]
 
 
-def steps_of(response: str) -> list[tuple[str, ...]]:
-    """Return the steps (operator, smaller, larger, result) of a solution; a re-check is none."""
-    found = re.findall(r"(\d+)([+*])(\d+)=(\d+)", response)
-    steps = [(op, *sorted((a, b), key=int), c) for a, op, b, c in found]
-    return [step for step, _ in itertools.groupby(steps)]
-
-
-def by_precedence(problem: str, response: str) -> bool:
-    """Return whether every product is one of factors of the same term, and none is left out: a
-    right answer without that is luck."""
-    terms = [Counter(re.findall(r"\d+", term)) for term in problem.split("+")]
-    for op, a, b, c in steps_of(response):
-        if op == "*":
-            term = next((t for t in terms if not Counter((a, b)) - t), None)
-            if term is None:
-                return False
-            term.subtract((a, b))
-            term[c] += 1
-    return all(term.total() == 1 for term in terms)
-
-
-def distinct_of_4(groups: list[list[dict]]) -> float | None:
-    """Return how many different derivations four right answers to a problem have, expected."""
-    found = []
-    for group in groups:
-        right = Counter(str(steps_of(x["response"])) for x in group if x["correct"])
-        n = right.total()
-        if n >= 4:
-            found.append(sum(1 - comb(n - count, 4) / comb(n, 4) for count in right.values()))
-    return float(np.mean(found)) if found else None
-
-
 def train_one(run: Run, out: Path) -> None:
     """Train in this process, with the study's evaluation and, for "random", its choice."""
+    from make_bases import by_precedence, distinct_of_4
+
     import a3po
 
     def held_out(engine, tokenizer, judge, prompts, config):
@@ -275,6 +247,11 @@ def train_one(run: Run, out: Path) -> None:
         a3po.torch.manual_seed(run.seed)
         a3po.smallest = lambda values, *rest: choose(a3po.torch.rand(values.shape), *rest)
     a3po.main(flags)
+
+
+def machine() -> str:
+    models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return f"{len(os.sched_getaffinity(0))} cores of {models[0] if models else 'an unnamed CPU'}"
 
 
 def short(value):
@@ -309,7 +286,7 @@ def do(run: Run, work: Path, results: Path) -> str:
         code = subprocess.call([sys.executable, __file__, *one], env=env, stdout=log, stderr=log)
     if code:
         return f"{run.name} ended with {code}: see {work / run.name}.log"
-    record = gather(run, out) | dict(seconds=round(time.time() - began))
+    record = gather(run, out) | dict(seconds=round(time.time() - began), machine=machine())
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     with (results / "runs.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
@@ -426,8 +403,24 @@ def judge(runs: list[dict]) -> list[dict]:
         mine = [r for r in results if r["claim"].family == family]
         for r, p in zip(mine, holm([r["p"] for r in mine]), strict=True):
             r["p"] = p
-            r["verdict"] = verdict(r["claim"], r["mean"], r["half"], p)
+            r["verdict"] = (verdict(r["claim"], r["mean"], r["half"], p) if r["n"] > 1 else
+                            "not run")
     return results
+
+
+def report(out: Path, planned: int) -> None:
+    """Judge the runs in out; write summary.md and the pictures there."""
+    import pictures
+
+    runs = list(read_runs(out).values())
+    if not runs:
+        sys.exit(f"error: {out} has no runs yet")
+    results = judge(runs)
+    rule = " ".join(verdict.__doc__.split("\n\n")[1].split())
+    pictures.write_summary(runs, results, planned, RULE + rule, "bash run.sh study", out)
+    pictures.draw_all(runs, results, MAIN, PLACES, out)
+    print(f"{out / 'summary.md'}: " + ", ".join(
+        f"{n} {v}" for v, n in Counter(r["verdict"] for r in results).most_common()))
 
 
 def main() -> None:
@@ -451,6 +444,7 @@ def main() -> None:
             for place, methods, seeds in (QUICK if args.quick else GROUPS)
             for seed in range(seeds) for method in methods]
     good = args.judge or train_all(runs, args.jobs, args.work, out)
+    report(out, len(runs))
     sys.exit(0 if good else 1)
 
 

@@ -1,0 +1,251 @@
+"""The study's summary.md and its pictures, from runs.jsonl and the verdicts."""
+
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from scipy import stats
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart
+COLOURS = dict(a3po="#0072B2", dapo="#E69F00", random="#999999", grpo="#009E73", psr="#D55E00",
+               nsr="#CC79A7", a3po_constant="#56B4E9")
+NAMES = dict(a3po="A3PO", dapo="DAPO", random="random 20 %", grpo="GRPO", psr="PSR", nsr="NSR",
+             a3po_constant="A3PO, no decay")
+CELLS = ("low_prob", "high_prob", "low_entropy", "high_entropy")
+FOUND = 0.1  # as in study.py
+SIZE = dict(dpi=110, bbox_inches="tight")
+
+
+def band(rows: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and half width of the 95 % interval over seeds."""
+    values = np.array(rows, float)
+    n = len(values)
+    half = stats.t.ppf(0.975, n - 1) * values.std(0, ddof=1) / n**0.5 if n > 1 else 0 * values[0]
+    return values.mean(0), half
+
+
+def select(runs: list[dict], place: str, method: str) -> list[dict]:
+    return [run for run in runs if (run["place"], run["method"]) == (place, method)]
+
+
+def draw_line(axis, x, rows: list, method: str, **style) -> None:
+    if not rows:
+        return
+    mean, half = band(rows)
+    colour = COLOURS[method]
+    axis.plot(x, mean, color=colour, label=f"{NAMES[method]} ({len(rows)})", **style)
+    axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.18, linewidth=0)
+
+
+def evals(runs: list[dict], name: str) -> tuple[list, list]:
+    """Return the steps and, for each run, a metric of its evaluations."""
+    steps = [x["step"] for x in runs[0]["evals"]] if runs else []
+    return steps, [[x[name] for x in run["evals"]] for run in runs]
+
+
+def over_steps(runs: list[dict], place: str, methods: tuple, title: str, path: Path) -> None:
+    """Held-out accuracy and entropy over the steps."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.3))
+    for method in methods:
+        mine = select(runs, place, method)
+        draw_line(axes[0], *evals(mine, "accuracy"), method)
+        rows = [run["trained"]["entropy"] for run in mine]
+        if rows:
+            draw_line(axes[1], np.arange(len(rows[0])) * 10 + 5, rows, method)
+    axes[0].set(xlabel="training step", ylabel="held-out accuracy, share", title=title)
+    axes[1].set(xlabel="training step", ylabel="entropy, nats per token",
+                title="lines: means of (seeds); bands: 95 %")
+    finish(figure, path)
+
+
+def dial(runs: list[dict], places: tuple, path: Path) -> None:
+    """Accuracy on traps at step 50, and share of seeds that found the strategy, over the skill that
+    the base has: the share of its answers to traps that are right by precedence."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.3))
+    skills = {place: np.mean([run["evals"][-1]["by_precedence"] for run in base])
+              for place in places if (base := select(runs, place, "base"))}
+    if not skills:  # the bases are measured last
+        skills = {place: float(place.partition("-")[2]) / 1000 for place in places}
+    for shift, method in enumerate(("a3po", "dapo", "random")):
+        points = []
+        for place, skill in skills.items():
+            values = [x["accuracy"] for run in select(runs, place, method) for x in run["evals"]
+                      if x["step"] == 50]
+            if len(values) > 1:
+                low, high = stats.binomtest(sum(v > FOUND for v in values),
+                                            len(values)).proportion_ci(method="wilson")
+                mean, half = band([[v] for v in values])
+                points.append((skill * 1.06 ** (shift - 1), mean[0], half[0],
+                               np.mean([v > FOUND for v in values]), low, high))
+        if points:
+            x, mean, half, share, low, high = map(np.array, zip(*sorted(points), strict=True))
+            style = dict(color=COLOURS[method], marker="o", capsize=3, label=NAMES[method])
+            axes[0].errorbar(x, mean, half, **style)
+            axes[1].errorbar(x, share, np.maximum([share - low, high - share], 0), **style)
+    for axis in axes:
+        axis.set_xscale("log")
+        axis.set_xticks(list(skills.values()), [f"{100 * x:.2g} %" for x in skills.values()])
+        axis.minorticks_off()
+        axis.set_xlabel("the base's share of traps right by precedence")
+    axes[0].set(ylabel="accuracy on traps, step 50")
+    axes[1].set(ylabel=f"share of seeds over {FOUND}", ylim=(-0.05, 1.05))
+    finish(figure, path)
+
+
+def cell_map(results: list[dict], path: Path) -> None:
+    """What each cell's tokens do to entropy, against DAPO's, as a heat map with intervals."""
+    grid, words = np.full((2, 4), np.nan), {}
+    for r in results:
+        claim = r["claim"]
+        if claim.family == "cells" and r["n"] > 1:
+            cell, sign = (claim.a, 1) if claim.b == "dapo" else (claim.b, -1)
+            at = ("+-".index(cell[0]), CELLS.index(cell[1:]))
+            grid[at], words[at] = sign * r["mean"], f"{sign * r['mean']:+.3f}\n± {r['half']:.3f}"
+    figure, axis = pyplot.subplots(figsize=(7.5, 2.8))
+    most = np.nanmax(np.abs(grid)) if words else 1.0
+    image = axis.imshow(grid, cmap="PuOr", vmin=-most, vmax=most, aspect="auto")
+    for (row, column), text in words.items():
+        dark = abs(grid[row, column]) > 0.6 * most
+        axis.text(column, row, text, ha="center", va="center", color="white" if dark else "black")
+    axis.set_xticks(range(4), [cell.replace("_", " ").replace("prob", "probability")
+                               for cell in CELLS])
+    axis.set_yticks(range(2), ["right\nresponses", "wrong\nresponses"])
+    axis.set_title("entropy against DAPO's, nats, if these tokens weigh twice", fontsize=11)
+    figure.colorbar(image, ax=axis)
+    finish(figure, path)
+
+
+def pass_curves(runs: list[dict], place: str, path: Path) -> None:
+    """pass@k of the base and of trained models."""
+    figure, axis = pyplot.subplots(figsize=(5.5, 3.5))
+    ks = (1, 2, 4, 8, 16, 32)
+    styles = {"base": dict(color="black", linestyle="--", label="base")}
+    for method in ("base", "a3po", "dapo", "grpo", "psr", "nsr"):
+        rows = [[run["evals"][-1][f"pass@{k}"] for k in ks] for run in select(runs, place, method)]
+        if rows:
+            mean, half = band(rows)
+            style = styles.get(method) or dict(color=COLOURS[method], label=NAMES[method])
+            axis.errorbar(ks, mean, half, capsize=2, **style)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ks, map(str, ks))
+    axis.set(xlabel="samples k", ylabel="pass@k, share of problems")
+    finish(figure, path)
+
+
+def story(runs: list[dict], place: str, path: Path) -> None:
+    """The README's figure: who finds the rare strategy, when, and what that does to entropy."""
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.1))
+    for method in ("a3po", "dapo", "random"):
+        mine = select(runs, place, method)
+        steps, rows = evals(mine, "accuracy")
+        draw_line(axes[0], steps, rows, method)
+        if rows:
+            found = np.mean(np.maximum.accumulate(np.array(rows), 1) > FOUND, 0)
+            axes[1].plot(steps, found, color=COLOURS[method], marker="o", markersize=3)
+            entropy = [run["trained"]["entropy"] for run in mine]
+            draw_line(axes[2], np.arange(len(entropy[0])) * 10 + 5, entropy, method)
+    for axis, title, label in zip(axes, (
+            "problems that only the rare strategy solves", "seeds that have found it",
+            "room to explore"), ("accuracy", "share", "entropy, nats per token"), strict=True):
+        axis.set_title(title, fontsize=10)
+        axis.set(xlabel="training step", ylabel=label)
+    finish(figure, path)
+
+
+def finish(figure, path: Path) -> None:
+    for axis in figure.axes:
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, **SIZE)
+    pyplot.close(figure)
+
+
+def draw_all(runs: list[dict], results: list[dict], main: str, places: tuple, out: Path) -> None:
+    """Draw every picture into out."""
+    over_steps(runs, main, ("a3po", "dapo", "random"), "traps of the shortcut regime",
+               out / "shortcut.png")
+    over_steps(runs, "saturating", ("a3po", "dapo", "grpo", "random", "psr", "nsr"),
+               "the saturating regime", out / "saturating.png")
+    over_steps(runs, "long", ("a3po", "dapo", "a3po_constant"), "300 steps", out / "long.png")
+    dial(runs, places, out / "dial.png")
+    cell_map(results, out / "cells.png")
+    pass_curves(runs, "saturating", out / "pass_at_k.png")
+    story(runs, main, out / "story.png")
+
+
+# ---- summary.md ---------------------------------------------------------------------------------
+
+
+def number(value: float, effect: float) -> str:
+    return f"{value:.1e}" if effect < 1e-4 else f"{value:.1f}" if effect >= 1 else f"{value:.3f}"
+
+
+def claim_row(r: dict) -> str:
+    claim, when = r["claim"], r["claim"].metric
+    metric = f"{when[1]}, {when[2] if isinstance(when[2], str) else f'step {when[2]}'}"
+    if r["n"] < 2:
+        difference = "-"
+    else:
+        mean, half = number(r["mean"], claim.effect), number(r["half"], claim.effect)
+        difference = f"{'' if mean[0] == '-' else '+'}{mean} ± {half}"
+    kinds = {"same": "within ", "differs": "either way ", "found": "", "more": ""}
+    return (f"| **{r['verdict']}** | {claim.text} | {claim.source} | {claim.a} - {claim.b}: "
+            f"{metric} | {difference} | {r['n']} | {min(r['p'], 1):.2g} | "
+            f"{kinds[claim.kind]}{claim.effect:g} |")
+
+
+def means_table(runs: list[dict]) -> list[str]:
+    """Show, for each place and method, means over seeds of what the runs end with."""
+    groups = defaultdict(list)
+    for run in runs:
+        groups[run["place"], run["method"]].append(run)
+    lines = ["| regime | method | seeds | accuracy, end | pass@8 | pass@32 | entropy, mean | "
+             "length | updates a step | mismatch |", "|" + "---|" * 10]
+    for (place, method), mine in sorted(groups.items()):
+        last = [run["evals"][-1] for run in mine]
+        accuracy = [x["accuracy"] for x in last]
+        spread = f" ± {np.std(accuracy, ddof=1):.3f}" if len(mine) > 1 else ""
+        cells = [f"{np.mean(accuracy):.3f}{spread}"]
+        cells += [f"{np.mean([x[k] for x in last]):.3f}" for k in ("pass@8", "pass@32")]
+        if mine[0]["trained"]["entropy"]:
+            trained = [run["trained"] for run in mine]
+            cells += [f"{np.mean([np.mean(t['entropy']) for t in trained]):.3f}",
+                      f"{np.mean([t['response_length'][-1] for t in trained]):.1f}",
+                      f"{np.mean([np.mean(t['updates']) for t in trained]):.2f}",
+                      f"{np.mean([np.mean(t['mismatch_mean']) for t in trained]):.1e}"]
+        else:
+            cells += ["-"] * 4
+        lines.append(f"| {place} | {method} | {len(mine)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def write_summary(runs: list[dict], results: list[dict], planned: int, rule: str, command: str,
+                  out: Path) -> None:
+    """Write summary.md: what was run, the verdicts by family, the means."""
+    commits = sorted({run["environment"]["commit"] for run in runs})
+    hours = sum(run["seconds"] for run in runs) / 3600
+    machines = sorted({run.get("machine", "?") for run in runs})
+    count = Counter(r["verdict"] for r in results)
+    lines = ["# The paper's findings in miniature", "",
+             f"{len(runs)} of {planned} runs, {hours:.1f} hours one after the other; commit "
+             f"{', '.join(commits)}; `{command}`; {'; '.join(machines)}.", "",
+             f"{len(results)} claims: "
+             f"{', '.join(f'{n} {v}' for v, n in sorted(count.items()))}.", "",
+             *rule.strip().splitlines(), "",
+             "![Who finds the rare strategy](story.png)", ""]
+    for family in dict.fromkeys(r["claim"].family for r in results):
+        lines += [f"## {family}", "", "| verdict | claim | source | difference of | ± 95 % "
+                  "| pairs | p (Holm) | smallest that matters |", "|" + "---|" * 8]
+        lines += [claim_row(r) for r in results if r["claim"].family == family] + [""]
+    lines += ["## Means over seeds", "", *means_table(runs), ""]
+    for name, text in (("shortcut", "Shortcut regime"), ("saturating", "Saturating regime"),
+                       ("long", "300 steps"), ("dial", "The dial: bases of different skill"),
+                       ("cells", "Eight token cells"), ("pass_at_k", "pass@k")):
+        lines += [f"![{text}]({name}.png)", ""]
+    (out / "summary.md").write_text("\n".join(lines))

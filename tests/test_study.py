@@ -1,0 +1,199 @@
+"""The study: its problems, what it takes for the right strategy, its verdicts, a quick run."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run
+
+sys.path[:0] = [str(ROOT / "study"), str(ROOT / "demo")]
+import make_bases  # noqa: E402
+import make_demo  # noqa: E402
+
+import a3po  # noqa: E402
+import study  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    warm_up = make_bases.make_problems(folder)
+    read = {name: [json.loads(line) for line in (folder / f"{name}.jsonl").open()]
+            for name in ("train", "plain", "traps")}
+    return read | dict(warm_up=warm_up)
+
+
+def left_to_right(row):
+    values, ops = row["problem"].strip("Compute .").replace("*", "+").split("+"), [
+        c for c in row["problem"] if c in "+*"]
+    return make_demo.left_to_right(list(map(int, values)), ops)
+
+
+def test_a_quarter_are_traps_and_nothing_is_shared(problems):
+    texts = [{row["problem"] for row in problems[name]} for name in problems]
+    assert sum(map(len, texts)) == len(set.union(*texts))
+    for name, share in (("train", 0.25), ("plain", 0), ("traps", 1), ("warm_up", 0.25)):
+        rows = problems[name]
+        assert all(eval(row["problem"][8:-1]) == int(row["answer"]) for row in rows)
+        assert "1" not in "".join(row["problem"] for row in rows)
+        shortcut_fails = sum(left_to_right(row) != int(row["answer"]) for row in rows)
+        assert shortcut_fails == pytest.approx(share * len(rows), abs=1)
+
+
+@pytest.mark.parametrize("response, right", [
+    ("First 4*4=16, check 4*4=16, so 2*2=4, then 16+4=20. So \\boxed{20}", True),
+    ("2*2=4; 4*4=16; 4+16=20, giving \\boxed{20}", True),
+    ("4*2=8; 8+2=10; 10*2=20. So \\boxed{20}", False),  # luck
+    ("4*4=16; 16+2=18; 18+2=20. So \\boxed{20}", False),  # one product is missing
+    ("", False),
+])
+def test_luck_is_told_from_precedence(response, right):
+    assert make_bases.by_precedence("Compute 4*4+2*2.", response) == right
+
+
+def test_every_right_demonstration_is_by_precedence(problems):
+    rng = random.Random(0)
+    for row in problems["traps"]:
+        shown = make_demo.demonstrate(rng, **row, strategies={"precedence": 1})
+        slipped = any(eval(f"{a}{op}{b}") != int(c)
+                      for op, a, b, c in make_bases.steps_of(shown))
+        assert slipped or make_bases.by_precedence(row["problem"], shown)
+
+
+def test_distinct_is_the_expected_number_of_derivations_among_four():
+    texts = ["1+2=3", "2+1=3, so", "1+2=3", "1*2=2", "1*3=3", "9+9=18"]
+    group = [dict(correct=True, response=text) for text in texts]
+    rng, derivations = random.Random(0), [0, 0, 0, 1, 2, 3]
+    drawn = np.mean([len(set(rng.sample(derivations, 4))) for _ in range(20_000)])
+    assert make_bases.distinct_of_4([group]) == pytest.approx(drawn, abs=0.02)
+    assert make_bases.distinct_of_4([group[:3]]) is None
+
+
+# ---- verdicts -----------------------------------------------------------------------------------
+
+
+def record(place, method, seed, accuracy, entropy=0.4):
+    evals = [dict(step=s, accuracy=a, **{"pass@8": a, "pass@32": a}, plain_accuracy=a) for s, a in
+             zip((0, 25, 50, 75, 100), accuracy, strict=True)]
+    trained = {name: [entropy] * 10 for name in study.TRAINED}
+    return dict(name=f"{place}-{method}-seed{seed}", place=place, method=method, seed=seed,
+                evals=evals, trained=trained)
+
+
+def test_values_of_a_run():
+    x = record("saturating", "a3po", 0, [0.0, 0.05, 0.15, 0.3, 0.9])
+    x["trained"]["reward"] = list(range(10))
+    for metric, expected in ((("eval", "accuracy", 50), 0.15), (("eval", "accuracy", "last"), 0.9),
+                             (("eval", "accuracy", ">0.1"), 37.5), (("train", "reward", 30), 3),
+                             (("eval", "accuracy", ">0.95"), 100.0),  # not reached
+                             (("train", "reward", "mean"), 4.5), (("train", "reward", "last"), 9)):
+        assert study.value(x, metric) == pytest.approx(expected), metric
+
+
+def test_intervals_against_a_slow_one():
+    """Student's t by permutation-free textbook numbers: n = 5, t(.975, 4) = 2.7764."""
+    differences = np.array([0.1, 0.3, 0.2, 0.4, 0.5])
+    mean, half, p = study.measure(differences, "more")
+    assert mean == pytest.approx(0.3)
+    assert half == pytest.approx(2.7764 * math.sqrt(0.025) / math.sqrt(5), rel=1e-4)
+    assert p == pytest.approx(0.01324, rel=1e-2)  # t = 4.243
+    assert study.measure(np.array([1.0, 1, 1, 0, 1, 1]), "found")[2] == pytest.approx(2 / 32)
+    assert study.measure(np.zeros(4), "found")[2] == 1
+    assert study.measure(np.zeros(4), "more")[2] == 1
+    assert study.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+
+
+@pytest.mark.parametrize("kind, mean, half, p, expected", [
+    ("more", 0.2, 0.05, 0.01, "holds"), ("more", 0.2, 0.25, 0.2, "not decidable here"),
+    ("more", 0.02, 0.05, 0.3, "does not hold"), ("more", -0.5, 0.05, 0.001, "does not hold"),
+    ("more", 0.05, 0.04, 0.01, "does not hold"),  # significant, and too small to matter
+    ("more", 0.2, 0.05, 0.06, "not decidable here"),
+    ("differs", -0.2, 0.05, 0.01, "holds"), ("differs", 0.01, 0.02, 0.5, "does not hold"),
+    ("same", 0.01, 0.02, 0.5, "holds"), ("same", -0.2, 0.05, 0.01, "does not hold"),
+    ("same", 0.05, 0.2, 0.5, "not decidable here"),
+])
+def test_verdicts_follow_the_rule(kind, mean, half, p, expected):
+    claim = study.Claim("f", "t", "s", "saturating", "a", "b", study.END, 0.1, kind)
+    assert study.verdict(claim, mean, half, p) == expected
+
+
+def test_planted_runs_are_judged_by_pairs_of_seeds():
+    rng, runs = np.random.default_rng(0), []
+    for seed in range(20):
+        level = rng.normal(0.3, 0.1)  # what a seed's two runs share, far larger than the noise
+        for method, gain in (("a3po", 0.2), ("dapo", 0.0)):
+            accuracy = [0, 0, level + gain + rng.normal(0, 0.02), 0.5, 0.5]
+            runs.append(record(study.MAIN, method, seed, accuracy))
+    [ahead] = [r for r in study.judge(runs)
+               if r["claim"].text == "on traps A3PO is ahead of DAPO at step 50"]
+    assert ahead["n"] == 20 and ahead["verdict"] == "holds"
+    assert ahead["mean"] == pytest.approx(0.2, abs=0.02) and ahead["half"] < 0.03
+    assert study.pairs(ahead["claim"], runs[:-1]).shape == (19,)
+    assert {r["verdict"] for r in study.judge([])} == {"not run"}
+
+
+def test_false_claims_seldom_hold():
+    """Of 400 claims about noise, each alone in its family, at most about 5 % are significant."""
+    rng = np.random.default_rng(1)
+    claim = study.Claim("f", "t", "s", "saturating", "a", "b", study.END, 0.0, "differs")
+    held = [study.verdict(claim, *study.measure(rng.normal(0, 1, 5), "differs")) == "holds"
+            for _ in range(400)]
+    assert sum(held) <= 32
+
+
+def test_claims_and_runs_fit_each_other():
+    runs = [study.Run(place, method, seed) for place, methods, seeds in study.GROUPS
+            for seed in range(seeds) for method in methods]
+    assert len({run.name for run in runs}) == len(runs) == 239
+    there = {(run.place, run.method) for run in runs}
+    steps = {"shortcut": range(0, 151, 25), "saturating": range(0, 101, 20)}
+    for claim in study.CLAIMS:
+        places = (claim.places,) if isinstance(claim.places, str) else claim.places
+        for place in places:
+            assert {(place, claim.a), (place, claim.b)} <= there, claim
+            if claim.metric[0] == "eval" and isinstance(claim.metric[2], int):
+                assert claim.metric[2] in steps[place.partition("-")[0]]
+        assert claim.effect > 0 and claim.kind in ("more", "same", "differs", "found")
+    for x in {(x.place, x.method): x for x in runs}.values():
+        a3po.check_config(a3po.parse_args(x.flags))
+
+
+def test_random_tokens_are_as_many(monkeypatch):
+    """The control replaces the choice alone, and differs from it."""
+    seen = {}
+    monkeypatch.setattr(a3po, "main", lambda flags: seen.update(choose=a3po.smallest))
+    monkeypatch.setattr(a3po, "smallest", a3po.smallest)
+    monkeypatch.setattr(a3po, "run_eval", a3po.run_eval)
+    original = a3po.smallest
+    if not (study.BASES / "plain.jsonl").exists():
+        make_bases.make_problems(study.BASES)
+    study.train_one(study.Run("quick-4", "random", 0), ROOT / "nowhere")
+    mask = torch.arange(30) < torch.tensor([[30], [1], [12]])
+    values = torch.arange(90.0).view(3, 30)
+    chosen, ours = (choose(values, mask, 0.2) for choose in (seen["choose"], original))
+    assert chosen.sum(1).tolist() == ours.sum(1).tolist() == [6, 1, 2]
+    assert not (chosen & ~mask).any() and not torch.equal(chosen, ours)
+
+
+@pytest.mark.slow
+def test_the_quick_study(tmp_path):
+    flags = ["--quick", "--jobs=2", f"--out={tmp_path}/out", f"--work={tmp_path}/work"]
+    done = run("study/study.py", *flags, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "out/runs.jsonl").open()]
+    assert {line["method"] for line in lines} == {"a3po", "dapo", "random"}
+    for line in lines:
+        assert [x["step"] for x in line["evals"]] == [0, 10, 20] and line["seconds"] > 0
+        assert len(line["trained"]["entropy"]) == 2
+        assert max(line["trained"]["ratio_max_deviation"]) == 0
+        assert str(tmp_path) not in json.dumps(line)
+    assert "3 of 3 runs" in (tmp_path / "out/summary.md").read_text()
+    assert len(list((tmp_path / "out").glob("*.png"))) == 7
+    again = subprocess.run([sys.executable, "study/study.py", *flags], cwd=ROOT, timeout=100,
+                           capture_output=True, text=True)
+    assert "3 runs, 3 of them done" in again.stdout  # nothing is trained twice
