@@ -20,6 +20,7 @@ SHORT = "--steps 1 --eval_limit 8 --prompts_per_step 8"
 COMMANDS = {  # how a command is made short; None: not run here, as the comment says
     "bash run.sh": None,  # the next but one, after an installation
     "bash run.sh test": None,  # this
+    "bash run.sh study": None,  # its quick form is in test_study.py
     "bash run.sh train": None,  # eight GPUs; how it starts is in test_folder.py
     "torchrun --nproc_per_node 8 eval.py": None,  # the same, and the hub; test_recipes.py reads it
     "python a3po.py --setting demo --preset grpo --seed 1": f"{SHORT} --output_dir runs/grpo",
@@ -27,6 +28,7 @@ COMMANDS = {  # how a command is made short; None: not run here, as the comment 
     "python eval.py --model demo/model --benchmarks demo": "--limit 8 --out evals/base",
     "python eval.py compare": "",
     "python eval.py plot": "",
+    "python eval.py show": "",
 }
 
 
@@ -123,4 +125,4 @@ def test_the_commands(tmp_path):
                              capture_output=True, text=True, timeout=300)
         assert ran.returncode == 0, f"{command}\n{ran.stderr[-2000:]}"
         done.append(command)
-    assert len(done) == 5 and (tmp_path / "curves.png").exists()
+    assert len(done) == 6 and (tmp_path / "curves.png").exists()
