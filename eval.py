@@ -17,8 +17,9 @@ alone, and fail if they exit with an error.
 
 Samples are the same for any number of ranks, and after a kill and a restart with the same --out,
 which gets results.json (numbers, versions, prompts, sampling, commit) and samples.jsonl (every
-response and verdict). Without a hub: --data-dir with aime24, aime25, math500, gsm8k_test,
-gpqa_diamond (gated), as .jsonl, .parquet or .csv, and LiveCodeBench's test.jsonl ... test6.jsonl.
+response and verdict). Without a hub: --data-dir with aime24, aime25, aime26, hmmt_feb_2025,
+math500, gsm8k_test, gpqa_diamond (gated), as .jsonl, .parquet or .csv, and LiveCodeBench's
+test.jsonl ... test6.jsonl.
 """
 
 import argparse

@@ -143,7 +143,8 @@ class RunFolder:
         say(f"the run is in {self.path}; to end it after a step with a checkpoint: touch "
             f"{self.path / 'stop'}")
         for name in ("metrics.jsonl", "rollouts.jsonl", "tokens.jsonl"):
-            keep_records(self.path / name, start)
+            if name != "tokens.jsonl" or (self.path / name).exists():
+                keep_records(self.path / name, start)
 
     def append(self, name: str, record: dict) -> None:
         try:
