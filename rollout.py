@@ -414,7 +414,8 @@ class Engine:
     ) -> Iterator[tuple[int, Sample]]:
         """Yield n responses to each prompt, each as it ends, while others are running. Response j
         to prompt i comes with the index i * n + j and is sampled with seed seeds[i] + j, so it
-        depends on its own prompt and seed alone, not on what else is in the batch."""
+        depends on its own prompt and seed alone, not on what else is in the batch (on a GPU up
+        to rounding: there kernels depend on the batch's shape)."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 

@@ -1,5 +1,6 @@
 """The study's summary.md and its pictures, from runs.jsonl and the verdicts."""
 
+import textwrap
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -237,7 +238,7 @@ def write_summary(runs: list[dict], results: list[dict], planned: int, rule: str
              f"{', '.join(commits)}; `{command}`; {'; '.join(machines)}.", "",
              f"{len(results)} claims: "
              f"{', '.join(f'{n} {v}' for v, n in sorted(count.items()))}.", "",
-             *rule.strip().splitlines(), "",
+             textwrap.fill(rule, 100), "",
              "![Who finds the rare strategy](story.png)", ""]
     for family in dict.fromkeys(r["claim"].family for r in results):
         lines += [f"## {family}", "", "| verdict | claim | source | difference of | ± 95 % "

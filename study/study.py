@@ -183,7 +183,8 @@ CLAIMS = [
 ]
 LEVEL = 0.05  # of all tests and intervals
 RULE = """Each claim was written down in study.py before the runs. Seeds are paired; the interval is
-Student's t over the pairs, p is adjusted for the claims of a family (Holm). """
+Student's t over the pairs, p is adjusted for the claims of a family (Holm). A level that a run does
+not reach counts as reached at its last step. """
 
 
 # ---- one run ------------------------------------------------------------------------------------
@@ -416,8 +417,8 @@ def report(out: Path, planned: int) -> None:
     if not runs:
         sys.exit(f"error: {out} has no runs yet")
     results = judge(runs)
-    rule = " ".join(verdict.__doc__.split("\n\n")[1].split())
-    pictures.write_summary(runs, results, planned, RULE + rule, "bash run.sh study", out)
+    rule = " ".join((RULE + verdict.__doc__.partition("\n\n")[2]).split())
+    pictures.write_summary(runs, results, planned, rule, "bash run.sh study", out)
     pictures.draw_all(runs, results, MAIN, PLACES, out)
     print(f"{out / 'summary.md'}: " + ", ".join(
         f"{n} {v}" for v, n in Counter(r["verdict"] for r in results).most_common()))

@@ -3,6 +3,8 @@
 import json
 import math
 import random
+import re
+import shutil
 import subprocess
 import sys
 
@@ -178,6 +180,18 @@ def test_random_tokens_are_as_many(monkeypatch):
     chosen, ours = (choose(values, mask, 0.2) for choose in (seen["choose"], original))
     assert chosen.sum(1).tolist() == ours.sum(1).tolist() == [6, 1, 2]
     assert not (chosen & ~mask).any() and not torch.equal(chosen, ours)
+
+
+def test_what_the_readmes_quote_is_in_the_summary_and_that_in_the_runs(tmp_path, monkeypatch):
+    results = ROOT / "study" / "results"
+    summary = (results / "summary.md").read_text()
+    for readme in ("README.md", "demo/README.md"):
+        quoted = re.findall(r"[+-]\d+\.\d+ ± \d+\.\d+", (ROOT / readme).read_text())
+        assert not [figure for figure in quoted if figure not in summary]
+    shutil.copy(results / "runs.jsonl", tmp_path)
+    monkeypatch.setattr("pictures.draw_all", lambda *_: None)
+    study.report(tmp_path, 239)
+    assert (tmp_path / "summary.md").read_text() == summary
 
 
 @pytest.mark.slow
