@@ -89,7 +89,8 @@ def dial(runs: list[dict], places: tuple, path: Path) -> None:
             axes[1].errorbar(x, share, np.maximum([share - low, high - share], 0), **style)
     for axis in axes:
         axis.set_xscale("log")
-        axis.set_xticks(list(skills.values()), [f"{100 * x:.2g} %" for x in skills.values()])
+        axis.set_xticks(list(skills.values()), [f"{100 * x:.2g} %" for x in skills.values()],
+                        rotation=30)
         axis.minorticks_off()
         axis.set_xlabel("the base's share of traps right by precedence")
     axes[0].set(ylabel="accuracy on traps, step 50")
