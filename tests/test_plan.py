@@ -48,10 +48,9 @@ def test_a_wrong_dtype_is_seen(broken, models, tmp_path, monkeypatch):
     """fake kernels take what the real ones refuse."""
     wrong = {"query.dtype == key": ("to(value.dtype)", "to(torch.float16)"),
              "result.dtype == torch.float32": (", out_dtype=torch.float32", "")}[broken]
-    for name in ("a3po", "model", "plan", "rollout", "config", "data", "folder", "checks", "eval",
-                 "verify", "answers", "sandbox"):
-        text = (ROOT / f"{name}.py").read_text()
-        (tmp_path / f"{name}.py").write_text(text.replace(*wrong) if name == "model" else text)
+    for path in ROOT.glob("*.py"):
+        text = path.read_text()
+        (tmp_path / path.name).write_text(text.replace(*wrong) if path.stem == "model" else text)
     monkeypatch.setattr(plan, "__file__", str(tmp_path / "plan.py"))
     with pytest.raises(UsageError, match="AssertionError"):
         plan.in_process(2, [*FLAGS, f"--model={models['qwen3']}"])
