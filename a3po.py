@@ -712,23 +712,35 @@ def set_lr(optimizer, step: int, config: Config) -> float:
     return lr
 
 
-def check_memory(config: Config) -> None:
-    """Say how the run fits into the GPUs; UsageError on all ranks if it does not."""
-    import plan
+def join(config: Config, run: RunFolder) -> str:
+    """Join the group, before anything can fail on one rank alone; return this rank's device. On
+    GPUs, say how the run fits into them; UsageError on all ranks if it does not."""
+    device = rollout.init_distributed()
+    watch()
+    run.agree()
+    if device != "cpu":
+        import plan
 
-    say("measuring what an update needs")
-    gpu = torch.cuda.get_device_properties(0).total_memory
-    say(rollout.on_rank_0(lambda: plan.check_run(config, gpu, world_size())))
+        say("measuring what an update needs")
+        gpu = torch.cuda.get_device_properties(0).total_memory
+        say(rollout.on_rank_0(lambda: plan.check_run(config, gpu, world_size())))
+    return device
 
 
-def start_engine(config: Config, tokenizer, precision: torch.dtype | None) -> rollout.Engine:
+def start_engine(config: Config, tokenizer, model, precision: torch.dtype | None,
+                 prompts: list[Prompt], resumed: bool) -> rollout.Engine:
+    """Return vLLM with the policy's weights; it answers the prompts to see that it can sleep."""
     c = config
     say("starting vLLM")
-    return rollout.Engine(
+    engine = rollout.Engine(
         c.model, tokenizer, max_num_seqs=c.max_num_seqs, gpu_memory=c.gpu_memory, seed=c.seed,
         max_model_len=c.max_prompt_length + c.max_response_length,
         dtype=precision or torch.float32, template=c.template,
     )
+    if resumed:
+        sync(engine, model, precision)
+    check_sleep(engine, model, precision, prompts)
+    return engine
 
 
 def train(config: Config, run: RunFolder) -> None:
@@ -736,11 +748,7 @@ def train(config: Config, run: RunFolder) -> None:
     if config.check:
         load_inputs(config)
         return say("flags, data and model can be used")
-    device = rollout.init_distributed()
-    watch()
-    run.agree()
-    if device != "cpu":
-        check_memory(config)
+    device = join(config, run)
     tokenizer, sampler, held_out, judge = load_inputs(config)
     kernel, precision = "grids" if device == "cpu" else "varlen", precision_of(config, device)
     policy, model, reference, optimizer = build(config, device, kernel, precision)
@@ -749,10 +757,7 @@ def train(config: Config, run: RunFolder) -> None:
     checkpoints.announce(config.steps, config.save_every)
     start, state = checkpoints.resume() if config.resume else (0, {})
     sampler.restore(state)
-    engine = start_engine(config, tokenizer, precision)
-    if start:
-        sync(engine, model, precision)
-    check_sleep(engine, model, precision, sampler.prompts[:4])
+    engine = start_engine(config, tokenizer, model, precision, sampler.prompts[:4], start > 0)
     run.open(start)
 
     progress = tqdm(range(start, config.steps + 1), "training", config.steps, initial=start,

@@ -277,8 +277,7 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
     "grader_error": "grader errors, responses: counted as wrong for them; should be 0",
     "grader_bad_reference": "bad references, responses: to problems with an unusable answer; 0",
     "groups_drawn": "groups, prompts: over --prompts_per_step they replace dead groups",
-    "surplus_groups": "surplus, prompts: live groups that the step did not need; drawn again in "
-                      "the next step",
+    "surplus_groups": "surplus, prompts: live groups beyond the need; drawn again in the next step",
     "dead_groups": "dead, share: groups with equal rewards, from which nothing is learned; near 1 "
                    "the problems are too easy or too hard",
     "dead_all_correct": "all correct, share: groups that are dead because they are too easy",
@@ -323,8 +322,7 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
     "eval_accuracy_stderr": "standard error, share: of eval_accuracy, clustered by problem; what "
                             "differs by less than two of them may be chance",
     "eval_accuracy_KIND": "held-out by kind, share: accuracy on the problems of this kind",
-    "eval_entropy": "held-out entropy, nats: mean -log p of the sampled tokens at the evaluation's "
-                    "temperature and top_p; entropy is exact, and at the training temperature",
+    "eval_entropy": "held-out entropy, nats: mean -log p at the evaluation's temperature and top_p",
     "eval_length": "held-out length, tokens: mean",
     "eval_truncated": "held-out truncated, share: cut at the limit of tokens; should be low",
     "eval_no_answer": "held-out no answer, share: samples in which none is marked as one",

@@ -75,8 +75,7 @@ def page(data: dict) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("eval.py show", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("eval.py show", description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a training run, or eval.py's --out")
     parser.add_argument("--out", type=Path, help="the page (default: RUN/page.html)")
     parser.add_argument("--step", type=int, help="responses of this step alone")
@@ -108,8 +107,8 @@ PAGE = r"""<!doctype html>
   --panel: #1f2226 } }
 body { margin: 0; padding: 1rem 1.5rem; background: var(--back); color: var(--text);
   font: 15px/1.5 system-ui, sans-serif }
-h1 { font-size: 1.2rem; margin: 0 0 .5rem } small, summary, label { color: var(--soft) }
-table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0 }
+h1 { font-size: 1.2rem } small, summary, label { color: var(--soft) }
+table, nav { border-collapse: collapse; font-size: .85rem; margin: .5rem 0 }
 td, th { padding: .15rem .6rem; border-bottom: 1px solid var(--line); text-align: left }
 #curves { display: flex; flex-wrap: wrap; gap: 1rem; margin: .8rem 0 }
 #curves figure { margin: 0; width: 250px } figcaption { font-size: .75rem; color: var(--soft) }
@@ -119,22 +118,18 @@ td, th { padding: .15rem .6rem; border-bottom: 1px solid var(--line); text-align
 #list { max-height: 80vh; overflow: auto; position: sticky; top: 3.5rem; align-self: start }
 #list button { display: block; width: 100%; text-align: left; background: none; color: inherit;
   border: 0; border-left: 3px solid transparent; padding: .25rem .5rem; font: inherit;
-  font-size: .82rem; cursor: pointer; overflow: hidden; text-overflow: ellipsis;
-  white-space: nowrap }
+  cursor: pointer; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
 #list button.here { background: var(--panel); border-color: var(--chosen) }
 .response { background: var(--panel); border-left: 4px solid var(--wrong); margin: .8rem 0;
   padding: .5rem .8rem; border-radius: 4px } .response.right { border-color: var(--right) }
-.text { white-space: pre-wrap; overflow-wrap: anywhere;
-  font: 14px/1.9 ui-monospace, Menlo, monospace }
-.text span { padding: .1rem 0; border-bottom: 3px solid transparent;
-  border-right: 1px solid var(--panel) }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.9 ui-monospace, monospace }
+.text span { border-bottom: 3px solid transparent; border-right: 1px solid var(--panel) }
 .text span.chosen { border-bottom-color: var(--chosen) }
 #tip { position: fixed; pointer-events: none; background: var(--text); color: var(--back);
   padding: .4rem .6rem; border-radius: 4px; font-size: .8rem; white-space: pre; display: none }
 .swatch { display: inline-block; width: 5rem; height: .8rem; vertical-align: middle;
   background: linear-gradient(90deg, var(--rare), transparent); border: 1px solid var(--line) }
-@media (max-width: 700px) { #body { grid-template-columns: 1fr } #list { position: static;
-  max-height: 30vh } }
+@media (max-width: 700px) { #body { display: block } #list { position: static; max-height: 30vh } }
 </style>
 <h1></h1><div id="about"></div><div id="curves"></div>
 <div id="bar"><label>step <select id="step"></select></label>
@@ -151,15 +146,13 @@ td, th { padding: .15rem .6rem; border-bottom: 1px solid var(--line); text-align
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = id => document.getElementById(id), COLOURS = ["--chosen", "--rare", "--soft"];
 function add(parent, name, text, attributes = {}) {  // text only: nothing here is ever markup
-  const svg = ["svg", "polyline", "text"].includes(name);
-  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", name)
-                   : document.createElement(name);
+  const svg = ["svg", "polyline", "text"].includes(name) ? "2000/svg" : "1999/xhtml";
+  const node = document.createElementNS(`http://www.w3.org/${svg}`, name);
   for (const key in attributes) node.setAttribute(key, attributes[key]);
   if (text !== undefined) node.textContent = text;
   return parent.appendChild(node);
 }
-function addTable(parent, rows) {
-  const table = add(parent, "table");
+function addTable(parent, rows, table = add(parent, "table")) {
   rows.forEach((row, i) => { const line = add(table, "tr");
     row.forEach(cell => add(line, i ? "td" : "th", cell)); });
 }
@@ -167,8 +160,7 @@ function addCurve(lines) {
   const points = lines.flatMap(line => line.points);
   if (points.length < 2) return;
   const xs = points.map(p => p[0]), ys = points.map(p => p[1]), W = 250, H = 90;
-  const min = (a, b) => Math.min(a, b), max = (a, b) => Math.max(a, b);
-  const [x0, x1, y0, y1] = [xs.reduce(min), xs.reduce(max), ys.reduce(min), ys.reduce(max)];
+  const [x0, x1, y0, y1] = [xs, ys].flatMap(values => [Math.min(...values), Math.max(...values)]);
   const figure = add($("curves"), "figure");
   const svg = add(figure, "svg", undefined, {viewBox: `0 0 ${W} ${H + 12}`, role: "img"});
   lines.forEach((line, i) => add(svg, "polyline", undefined, {fill: "none", "stroke-width": 1.6,
@@ -262,8 +254,7 @@ unique("status").forEach(s => add($("status"), "option", s));
 $("search").oninput = filter;
 document.onkeydown = event => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target === $("search")) return;
-  if (event.key === "j") choose(here + 1);
-  if (event.key === "k") choose(here - 1);
+  if ("jk".includes(event.key)) choose(here + (event.key === "j" ? 1 : -1));
   if (event.key === "/") { $("search").focus(); event.preventDefault(); }
 };
 document.onmousemove = event => {
