@@ -59,7 +59,7 @@ def over_steps(runs: list[dict], place: str, methods: tuple, title: str, path: P
             draw_line(axes[1], np.arange(len(rows[0])) * 10 + 5, rows, method)
     axes[0].set(xlabel="training step", ylabel="held-out accuracy, share", title=title)
     axes[1].set(xlabel="training step", ylabel="entropy, nats per token",
-                title="lines: means of (seeds); bands: 95 %")
+                title="means over (seeds), 95 % intervals")
     finish(figure, path)
 
 
@@ -67,10 +67,8 @@ def dial(runs: list[dict], places: tuple, path: Path) -> None:
     """Accuracy on traps at step 50, and share of seeds that found the strategy, over the skill that
     the base has: the share of its answers to traps that are right by precedence."""
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.3))
-    skills = {place: np.mean([run["evals"][-1]["by_precedence"] for run in base])
-              for place in places if (base := select(runs, place, "base"))}
-    if not skills:  # the bases are measured last
-        skills = {place: float(place.partition("-")[2]) / 1000 for place in places}
+    skills = {place: np.mean(base) for place in places if (base := [
+        run["evals"][0]["by_precedence"] for run in runs if run["place"] == place])}
     for shift, method in enumerate(("a3po", "dapo", "random")):
         points = []
         for place, skill in skills.items():
@@ -234,11 +232,13 @@ def write_summary(runs: list[dict], results: list[dict], planned: int, rule: str
     hours = sum(run["seconds"] for run in runs) / 3600
     machines = sorted({run.get("machine", "?") for run in runs})
     count = Counter(r["verdict"] for r in results)
+    plural = {"holds": "hold", "does not hold": "do not hold",
+              "not decidable here": "are not decidable here", "not run": "not run yet"}
     lines = ["# The paper's findings in miniature", "",
              f"{len(runs)} of {planned} runs, {hours:.1f} hours one after the other; commit "
              f"{', '.join(commits)}; `{command}`; {'; '.join(machines)}.", "",
              f"{len(results)} claims: "
-             f"{', '.join(f'{n} {v}' for v, n in sorted(count.items()))}.", "",
+             f"{', '.join(f'{count[v]} {words}' for v, words in plural.items() if count[v])}.", "",
              textwrap.fill(rule, 100), "",
              "![Who finds the rare strategy](story.png)", ""]
     for family in dict.fromkeys(r["claim"].family for r in results):
