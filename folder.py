@@ -227,12 +227,13 @@ class RunFolder:
 def token_values(batch: dict, row: int, sample: Sample, tokenizer) -> dict:
     """Return what is known of a sample's tokens, that of each in a list: its text; log-probs as
     vLLM sampled it (vllm), of the policy that sampled (old) and of the one that was updated (new);
-    entropy; weight, the factor on the advantage. None for what was not computed."""
+    entropy; weight, the factor on the advantage, 0 where the loss has no term. None for what was
+    not computed."""
     n, problem, grade = len(sample.ids), sample.prompt.problem, sample.grade
     values = dict(vllm=batch["rollout_logprobs"], old=batch.get("old_logprobs"),
                   new=batch.get("logprobs"), entropy=batch.get("entropy"), weight=None)
     if "shaped" in batch and sample.advantage:
-        values["weight"] = batch["shaped"] / sample.advantage
+        values["weight"] = batch["shaped"] / sample.advantage * batch["loss_mask"]
     return dict(
         id=problem.id, problem=problem.text,
         reference=None if problem.kind == "code" else problem.reference, reward=sample.reward,

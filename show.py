@@ -138,7 +138,7 @@ td, th { padding: .15rem .6rem; border-bottom: 1px solid var(--line); text-align
 <input id="search" type="search" placeholder="search (/)" aria-label="search">
 <small id="count"></small>
 <small>keys j, k &nbsp; probability 0 <i class="swatch"></i> 1 &nbsp;
-<span style="border-bottom:3px solid var(--chosen)">chosen</span> by A3PO</small></div>
+<span style="border-bottom:3px solid var(--chosen)">chosen</span> to weigh more</small></div>
 <div id="body"><nav id="list"></nav><main id="main"></main></div><div id="tip"></div>
 <script type="application/json" id="data">/*DATA*/</script>
 <script>
@@ -198,7 +198,7 @@ function addResponse(x) {
     const p = Math.exp((x.old ?? x.vllm)[i]), node = add(text, "span", token);
     node.style.background = `color-mix(in srgb, var(--rare) ${Math.round(75 * (1 - p))}%, ` +
       "transparent)";
-    if (x.weight && x.weight[i] !== 1) node.className = "chosen";
+    if (x.weight && x.weight[i] > Math.min(...x.weight)) node.className = "chosen";
     node.token = [x, i];
   });
 }

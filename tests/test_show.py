@@ -4,11 +4,16 @@ import json
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import eval as evaluation
 import show
+from folder import token_values
+from rollout import Problem
+from verify import Grade
 
 HOSTILE = "</script><script>document.title = 'taken over'</script><img src=x onerror=alert(1)>"
 
@@ -42,7 +47,8 @@ def evaluation_config():
 @pytest.fixture
 def run_folder(tmp_path):
     return training_run(tmp_path, [
-        response(0, True, ["1+2", "=3", "<eos>"]), response(0, False, ["1+2", "=4", "<eos>"]),
+        response(0, True, ["1+2", "=3", "<eos>"]),
+        response(0, False, ["1+2", "=4", "<eos>"], weight=[0.0, 1.0, 1.0]),
         response(1, False, [HOSTILE, "x", "y"], status="no_answer", problem=HOSTILE),
         response(2, True, ["a", "b", "c"], old=None, new=None, entropy=None, weight=None)])
 
@@ -63,6 +69,17 @@ def test_the_page_has_the_run(run_folder, capsys):
     evaluation.main(["show", str(run_folder), "--step=1", f"--out={run_folder}/one.html"])
     assert [x["step"] for x in data_of(run_folder / "one.html")["responses"]] == [1]
     assert "http" not in show.PAGE.replace("http://www.w3.org/${svg}", "")  # no network
+
+
+def test_a_token_outside_the_loss_weighs_nothing():
+    """As under Fork Tokens, of which the advantages alone show nothing."""
+    sample = SimpleNamespace(
+        ids=[5, 6, 7], advantage=-0.5, reward=0.0, correct=False, finish_reason="stop",
+        grade=Grade(False, None), prompt=SimpleNamespace(problem=Problem("p", "1+1", "2")))
+    batch = dict(rollout_logprobs=torch.zeros(1, 4), shaped=torch.tensor([[-0.5, -1, -0.5, 0]]),
+                 loss_mask=torch.tensor([[False, True, True, False]]))
+    shown = token_values(batch, 0, sample, SimpleNamespace(decode=str))
+    assert shown["weight"] == [0, 2, 1]
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -109,9 +126,9 @@ set("search", "", "input"); set("step", "2", "change"); result.push(count());
 set("step", "all", "change"); press("j"); press("j"); press("j"); press("k");
 result.push([...$("list").children].findIndex(b => b.classList.contains("here")));
 press("k");
-const token = document.querySelectorAll(".text span")[1];
+const tokens = [...document.querySelectorAll(".text span")], token = tokens[1];
 token.dispatchEvent(new MouseEvent("mousemove", {bubbles: true, clientX: 5, clientY: 5}));
-result.push($("tip").textContent, token.className, document.title);
+result.push($("tip").textContent, tokens.map(t => t.className).join(), document.title);
 document.body.dataset.result = JSON.stringify(result);
 </script></html>"""
 
@@ -136,4 +153,4 @@ def test_a_browser_shows_it(run_folder, tmp_path):
     assert result[6] == 1
     assert "probability 0.1353" in result[7] and "ratio 2.718, clipped" in result[7]
     assert "advantage 1 x 2 = 2.000" in result[7] and "entropy 1.500 nats" in result[7]
-    assert result[8:] == ["chosen", "dapo on train.jsonl"]
+    assert result[8:] == [",chosen,,,chosen,chosen", "dapo on train.jsonl"]
