@@ -281,10 +281,10 @@ def do(run: Run, work: Path, results: Path) -> str:
     out, began = work / run.name, time.time()
     shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    one = ["--one", run.place, run.method, str(run.seed), str(out)]
+    one = "--one=" + json.dumps([run.place, run.method, run.seed, str(out)])  # some begin with -
     env = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     with (work / f"{run.name}.log").open("w") as log:
-        code = subprocess.call([sys.executable, __file__, *one], env=env, stdout=log, stderr=log)
+        code = subprocess.call([sys.executable, __file__, one], env=env, stdout=log, stderr=log)
     if code:
         return f"{run.name} ended with {code}: see {work / run.name}.log"
     record = gather(run, out) | dict(seconds=round(time.time() - began), machine=machine())
@@ -310,15 +310,17 @@ def train_all(runs: list[Run], jobs: int, work: Path, results: Path) -> bool:
     done = read_runs(results)
     todo = [run for run in runs if run.name not in done]
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done; logs are in {work}", flush=True)
-    good = True
+    failed = 0
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         tasks = [pool.submit(do, run, work, results) for run in todo]
         for task in tqdm(concurrent.futures.as_completed(tasks), "runs", len(runs),
                          initial=len(runs) - len(todo)):
             if wrong := task.result():
-                good = False
+                failed += 1
                 tqdm.write(wrong)
-    return good
+    if failed:
+        print(f"{failed} runs failed, see above; the same command tries them again")
+    return not failed
 
 
 # ---- verdicts -----------------------------------------------------------------------------------
@@ -434,11 +436,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: study/results, runs/study-quick for "
                         "--quick, runs/study-N for --first_seed N")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="folder of the runs")
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        place, method, seed, out = args.one
-        return train_one(Run(place, method, int(seed)), Path(out))
+        *run, out = args.one
+        return train_one(Run(*run), Path(out))
     out = args.out or (Path("runs/study-quick") if args.quick else HERE / "results" if not
                        args.first_seed else Path(f"runs/study-{args.first_seed}"))
     runs = [Run(place, method, args.first_seed + seed)

@@ -165,6 +165,18 @@ def test_claims_and_runs_fit_each_other():
         a3po.check_config(a3po.parse_args(x.flags))
 
 
+@pytest.mark.parametrize("method", study.METHODS)
+def test_any_run_can_be_named_to_its_process(method, tmp_path, monkeypatch):
+    """Also those whose method begins with a minus, as an option does."""
+    wanted, commands, seen = study.Run("saturating", method, 7), [], []
+    monkeypatch.setattr(study.subprocess, "call", lambda line, **_: commands.append(line) or 1)
+    monkeypatch.setattr(study, "train_one", lambda *found: seen.append(found))
+    assert "ended with 1" in study.do(wanted, tmp_path, tmp_path)
+    monkeypatch.setattr(sys, "argv", commands[0][1:])
+    study.main()
+    assert seen == [(wanted, tmp_path / wanted.name)]
+
+
 def test_random_tokens_are_as_many(monkeypatch):
     """The control replaces the choice alone, and differs from it."""
     seen = {}
