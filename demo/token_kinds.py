@@ -9,19 +9,22 @@ import json
 from collections import Counter
 from pathlib import Path
 
-KINDS = ("the first number", "other numbers to work on", "signs", "results, after `=`",
-         "words between steps", "the end: `\\boxed{N}`")
+KINDS = (FIRST, NUMBER, SIGN, RESULT, WORDS, END) = (
+    "the first number", "other numbers to work on", "signs", "results, after `=`", "words",
+    "the end: `\\boxed{N}`")
 
 
 def kinds_of(tokens: list[str]) -> list[str]:
     """Return the kind of each token of a response."""
-    end = tokens.index("\\boxed{") if "\\boxed{" in tokens else len(tokens)
-    kinds = [KINDS[1] if token.isdigit() else KINDS[2] if token in "+*=" else KINDS[4]
-             for token in tokens]
-    for i, token in enumerate(tokens):
-        if token.isdigit() and i and tokens[i - 1] == "=":
-            kinds[i] = KINDS[3]
-    return [KINDS[0] if i == 0 else KINDS[5] if i >= end else kind for i, kind in enumerate(kinds)]
+    kinds = []
+    for before, token in zip(["", *tokens], tokens, strict=False):
+        if token == "\\boxed{" or END in kinds:
+            kinds.append(END)
+        elif token.isdigit():
+            kinds.append(RESULT if before == "=" else NUMBER if FIRST in kinds else FIRST)
+        else:
+            kinds.append(SIGN if token in "+*=" else WORDS)
+    return kinds
 
 
 def count(rows: list[dict]) -> dict[str, Counter]:

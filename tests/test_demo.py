@@ -196,15 +196,15 @@ def test_the_figure_goes_where_it_is_told_and_nowhere_else(tmp_path):
 
 
 def test_kinds_of_tokens():
-    tokens = ["3", "*", "4", "=", "12", ", so ", "12", "+", "2", "=", "14", ". So ", "\\boxed{",
-              "14", "}", "<eos>"]
-    first, numbers, signs, results, words, end = token_kinds.KINDS
+    tokens = ["We get ", "3", "*", "4", "=", "12", ", so ", "12", "+", "2", "=", "14", ". So ",
+              "\\boxed{", "14", "}", "<eos>"]
+    first, number, sign, result, words, end = token_kinds.KINDS
     assert token_kinds.kinds_of(tokens) == [
-        first, signs, numbers, signs, results, words, numbers, signs, numbers, signs, results,
-        words, *[end] * 4]
+        words, first, sign, number, sign, result, words, number, sign, number, sign, result, words,
+        *[end] * 4]
     row = dict(tokens=["3", "*", "4", "=", "12"], correct=True, weight=[2.0, 1.0, 1.0, 1.0, 1.0],
                entropy=[0.1, 0.2, 0.3, 0.4, 0.9])
     columns = token_kinds.count([row, row | dict(correct=False, weight=[1.0] * 5)])
-    assert columns["right"] == {first: 1, signs: 2, numbers: 1, results: 1} == columns["wrong"]
+    assert columns["right"] == {first: 1, sign: 2, number: 1, result: 1} == columns["wrong"]
     assert {k: n for k, n in columns["chosen in right"].items() if n} == {first: 1}
     assert not any(columns["chosen in wrong"].values())
