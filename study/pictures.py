@@ -120,19 +120,22 @@ def cell_map(results: list[dict], path: Path) -> None:
 
 
 def pass_curves(runs: list[dict], place: str, path: Path) -> None:
-    """pass@k of the base and of trained models."""
-    figure, axis = pyplot.subplots(figsize=(5.5, 3.5))
+    """pass@k of the base and of trained models, and on the right of these alone, from near."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.3))
     ks = (1, 2, 4, 8, 16, 32)
-    styles = {"base": dict(color="black", linestyle="--", label="base")}
     for method in ("base", "a3po", "dapo", "grpo", "psr", "nsr"):
         rows = [[run["evals"][-1][f"pass@{k}"] for k in ks] for run in select(runs, place, method)]
-        if rows:
-            mean, half = band(rows)
-            style = styles.get(method) or dict(color=COLOURS[method], label=NAMES[method])
+        if not rows:
+            continue
+        mean, half = band(rows)
+        style = dict(color=COLOURS.get(method, "black"), label=NAMES.get(method, "base"))
+        for axis in axes[: 1 if method == "base" else 2]:
             axis.errorbar(ks, mean, half, capsize=2, **style)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(ks, map(str, ks))
-    axis.set(xlabel="samples k", ylabel="pass@k, share of problems")
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ks, map(str, ks))
+        axis.set(xlabel="samples k", ylabel="pass@k, share of problems")
+    axes[1].set_title("the trained ones from near")
     finish(figure, path)
 
 
