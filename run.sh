@@ -5,7 +5,7 @@
 #   bash run.sh install         make .venv and install the pinned requirements, nothing else
 #   bash run.sh demo [flags]    train the embedded tiny model; minutes on a laptop, no GPU needed
 #   bash run.sh smollm2 [flags] train SmolLM2-135M, a real language model, on word problems; 30 min
-#   bash run.sh study [flags]   which of the paper's findings show here; --quick: a minute or two
+#   bash run.sh study [flags]   which of the paper's findings show here; 12 h of a core; --quick: 2 min
 #   bash run.sh test [flags]    run the tests (pytest flags; -m slow: the slow ones, -m "": all)
 #   bash run.sh train [flags]   the paper's setting: Qwen3-8B-Base on DAPO-Math-17k, all GPUs
 #   bash run.sh eval [flags]    evaluate a checkpoint, e.g. --model demo/model --benchmarks demo
