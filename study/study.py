@@ -5,8 +5,8 @@
     python study/study.py --first_seed 100      the same study with other seeds
     python study/study.py --judge               verdicts and pictures of the runs that are there
 
-results/ has the study; results/seeds-100 has the beginning of another with fresh seeds (--judge --out
-judges it): of the claims that its runs decide, none is decided the other way.
+results/ has the study; results/seeds-100 has the beginning of another with fresh seeds (--judge
+--out judges it): of the claims that its runs decide, none is decided the other way.
 
 A run is `a3po.main` with flags, in a process of its own: the demo's size of model, one core, 2 to 8
 minutes. Its numbers become a line of runs.jsonl, and a run with a line is not trained again, so the
