@@ -193,12 +193,12 @@ function addResponse(x) {
     tokens: x.length ?? x.tokens?.length, "finish reason": x.finish_reason};
   add(box, "small", [x.correct ? "right" : "wrong", ...Object.entries(facts)
     .filter(f => f[1] != null).map(f => f.join(" "))].join(" · "));
-  const text = add(box, "div", x.tokens ? undefined : words(x), {class: "text"});
+  const least = Math.min(...x.weight ?? []), text = add(box, "div", x.text, {class: "text"});
   (x.tokens ?? []).forEach((token, i) => {
     const p = Math.exp((x.old ?? x.vllm)[i]), node = add(text, "span", token);
     node.style.background = `color-mix(in srgb, var(--rare) ${Math.round(75 * (1 - p))}%, ` +
       "transparent)";
-    if (x.weight && x.weight[i] > Math.min(...x.weight)) node.className = "chosen";
+    if (x.weight?.[i] > least) node.className = "chosen";
     node.token = [x, i];
   });
 }

@@ -31,7 +31,8 @@ def count(rows: list[dict]) -> dict[str, Counter]:
     """Return, for each column of the table, how many tokens of each kind it has."""
     columns = {name: Counter() for name in ("right", "chosen in right", "wrong", "chosen in wrong",
                                             "the 20 % of most entropy")}
-    entropy = sorted((value for row in rows for value in row["entropy"]), reverse=True)
+    entropy = sorted(value for row in rows for value in row["entropy"])
+    forking = entropy[-max(1, len(entropy) // 5)]  # as a3po.score has it
     for row in rows:
         side = "right" if row["correct"] else "wrong"
         least = min(row["weight"])
@@ -39,7 +40,7 @@ def count(rows: list[dict]) -> dict[str, Counter]:
                                        strict=True):
             columns[side][kind] += 1
             columns[f"chosen in {side}"][kind] += weight > least
-            columns["the 20 % of most entropy"][kind] += value > entropy[len(entropy) // 5]
+            columns["the 20 % of most entropy"][kind] += value >= forking
     return columns
 
 

@@ -13,9 +13,9 @@ from matplotlib import pyplot  # noqa: E402
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 COLOURS = dict(a3po="#0072B2", dapo="#E69F00", random="#999999", grpo="#009E73", psr="#D55E00",
-               nsr="#CC79A7", a3po_constant="#56B4E9")
+               nsr="#CC79A7", a3po_constant="#56B4E9", base="black")
 NAMES = dict(a3po="A3PO", dapo="DAPO", random="random 20 %", grpo="GRPO", psr="PSR", nsr="NSR",
-             a3po_constant="A3PO, no decay")
+             a3po_constant="A3PO, no decay", base="base")
 CELLS = ("low_prob", "high_prob", "low_entropy", "high_entropy")
 FOUND = 0.1  # as in study.py
 SIZE = dict(dpi=110, bbox_inches="tight")
@@ -128,9 +128,8 @@ def pass_curves(runs: list[dict], place: str, path: Path) -> None:
         if not rows:
             continue
         mean, half = band(rows)
-        style = dict(color=COLOURS.get(method, "black"), label=NAMES.get(method, "base"))
         for axis in axes[: 1 if method == "base" else 2]:
-            axis.errorbar(ks, mean, half, capsize=2, **style)
+            axis.errorbar(ks, mean, half, capsize=2, color=COLOURS[method], label=NAMES[method])
     for axis in axes:
         axis.set_xscale("log", base=2)
         axis.set_xticks(ks, map(str, ks))
