@@ -89,17 +89,12 @@ def slow_loss(preset: str, slow: list[dict], step: int = 0) -> float:
         k = max(1, int(0.2 * row["n"]))
         low = sorted(range(row["n"]), key=lambda t, i=i: sampled[i][t])[:k]
         high = sorted(range(row["n"]), key=lambda t, i=i: -sampled[i][t])[:k]
-        rho, tokens = 1.0, []
-        if preset in ("a3po", "a3po_grpo"):
-            rho, tokens = max(1.0, 2 - 0.015 * step), low if row["correct"] else high
-        elif preset == "a3po_exp":
-            rho, tokens = 1 + math.exp(-0.015 * step), low if row["correct"] else high
-        elif preset == "a3po_constant":
-            rho, tokens = 2.0, low if row["correct"] else high
-        elif preset == "symmetric":
-            rho, tokens = max(1.0, 2 - 0.015 * step), low
-        elif preset == "token_cell":
-            rho, tokens = (2.0, low) if row["correct"] else (1.0, [])
+        linear, chosen = max(1.0, 2 - 0.015 * step), low if row["correct"] else high
+        rho, tokens = {
+            "a3po": (linear, chosen), "a3po_grpo": (linear, chosen), "symmetric": (linear, low),
+            "a3po_exp": (1 + math.exp(-0.015 * step), chosen), "a3po_constant": (2.0, chosen),
+            "token_cell": (2.0, low if row["correct"] else []),
+        }.get(preset, (1.0, []))
         grpo_like = preset in ("grpo", "dr_grpo", "a3po_grpo")
         eps_high = 0.2 if grpo_like or "raw" in preset or preset == "w_reinforce" else 0.28
         row_loss = 0.0

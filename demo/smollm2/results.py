@@ -185,10 +185,7 @@ def draw(path: Path) -> None:
             np.array(steps) + shift,
             100 * values.mean(0),
             100 * deviation(values),
-            color=colour,
-            capsize=4,
-            marker="o",
-            label=f"{title}, {len(runs)} seeds",
+            color=colour, capsize=4, marker="o", label=f"{title}, {len(runs)} seeds",
         )
         steps, values = series(runs, "entropy")
         axes["entropy"].plot(steps, values.mean(0), color=colour)
