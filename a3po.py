@@ -22,7 +22,7 @@ gets the new weights.
     python a3po.py --help                            every knob, with its source
 
 Read on from the top: the loss (copy it, it needs torch alone), batches, score and update, sampling,
-the loop. model.py and rollout.py are the rest of the sitting; config.py has the knobs.
+the loop. model.py and rollout.py are the rest of the sitting; shelf/config.py has the knobs.
 
 Sources: [P] the paper, [C] its authors' code, [O] our reading where neither says. Left out: the
 critic, sequence and tensor parallel training, asynchronous rollouts.
@@ -52,10 +52,6 @@ try:
     import eval as evaluation
     import rollout
     import verify
-    from checks import check_agreement, check_model, check_sleep, sync, watch
-    from config import SETTINGS, Config, check_config, parse_args
-    from data import load_problems
-    from folder import Checkpoints, RunFolder, show_example
     from model import (
         GPU,
         Policy,
@@ -65,8 +61,23 @@ try:
         load_model,
         pack,
     )
-    from rollout import Prompt, Sample, rank, say, timed, world_size
-    from verify import Grade, Graders, UsageError
+    from rollout import Prompt, Sample
+    from shelf.checks import check_agreement, check_model, check_sleep, sync
+    from shelf.config import SETTINGS, Config, check_config, parse_args
+    from shelf.data import load_problems
+    from shelf.folder import Checkpoints, RunFolder, show_example
+    from shelf.ranks import (
+        UsageError,
+        gather,
+        init_distributed,
+        leave,
+        on_rank_0,
+        rank,
+        say,
+        timed,
+        world_size,
+    )
+    from verify import Grade, Graders
 except ImportError as missing:  # the loss needs torch alone, on any system
     if __name__ == "__main__":
         sys.exit(f"error: {missing}. Training needs Linux and what `bash run.sh install` puts into "
@@ -314,7 +325,7 @@ def sort_all_tokens(batches: list[dict], name: str) -> torch.Tensor:
     """Return a value of all response tokens of the step on all ranks, sorted. Lengths are known on
     the host: nothing is read from the device."""
     values = torch.cat([batch[name].flatten()[batch["places"]] for batch in batches])
-    lengths = rollout.gather([len(values)])
+    lengths = gather([len(values)])
     if len(lengths) > 1:
         values = nn.functional.pad(values, (0, max(lengths) - len(values)), value=torch.inf)
         parts = [torch.empty_like(values) for _ in lengths]
@@ -509,7 +520,7 @@ def sample_draws(engine, tokenizer, judge, draws, config: Config, seconds, attem
     ))
     for sample in sum(mine.values(), []):
         sample.prompt = None  # other ranks have it, and the tests of a program can be megabytes
-    found = dict(rollout.gather(list(mine.items())))
+    found = dict(gather(list(mine.items())))
     for i, (_, prompt) in enumerate(draws):
         for sample in found[i]:
             sample.prompt = prompt
@@ -643,7 +654,7 @@ def load_inputs(config: Config):
     )
     check_model(c.model, model_config)
     judge = rollout.judge_by_function(c.reward, c.grade_timeout) if c.reward else None
-    prompts, held_out = rollout.on_rank_0(lambda: read_prompts(c, tokenizer))
+    prompts, held_out = on_rank_0(lambda: read_prompts(c, tokenizer))
     return tokenizer, rollout.PromptSampler(prompts, c.seed), held_out, judge
 
 
@@ -715,15 +726,14 @@ def set_lr(optimizer, step: int, config: Config) -> float:
 def join(config: Config, run: RunFolder) -> str:
     """Join the group, before anything can fail on one rank alone; return this rank's device. On
     GPUs, say how the run fits into them; UsageError on all ranks if it does not."""
-    device = rollout.init_distributed()
-    watch()
+    device = init_distributed()
     run.agree()
     if device != "cpu":
-        import plan
+        from shelf import plan
 
         say("measuring what an update needs")
         gpu = torch.cuda.get_device_properties(0).total_memory
-        say(rollout.on_rank_0(lambda: plan.check_run(config, gpu, world_size())))
+        say(on_rank_0(lambda: plan.check_run(config, gpu, world_size())))
     return device
 
 
@@ -830,7 +840,7 @@ def announce(config: Config, argv: list[str]) -> None:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if "--dry_run" in argv:
-        import plan
+        from shelf import plan
 
         return plan.main([flag for flag in argv if flag != "--dry_run"])
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours are enough
@@ -852,9 +862,9 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         if rank() == 0:
             print(run.where() if run else "interrupted", file=sys.stderr)
-        rollout.leave(130)
+        leave(130)
 
 
 if __name__ == "__main__":
     main()
-    rollout.leave()
+    leave()

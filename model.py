@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from rollout import Sample, world_size
-from verify import UsageError
+from rollout import Sample
+from shelf.ranks import UsageError, world_size
 
 GPU = torch.cuda.is_available()  # where matrix products of 16 bits can have 32-bit results
 

@@ -5,29 +5,26 @@ Training and evaluation read the same data formats and use the same template, en
 vLLM is imported only when an `Engine` is built.
 """
 
-import atexit
 import contextlib
 import hashlib
 import importlib
 import logging
 import math
 import os
-import socket
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from verify import Grade, Graders, UsageError
+from shelf.ranks import UsageError, rank, say, timed, world_size
+from verify import Grade, Graders
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 PLAIN_TEMPLATE = "{problem}\n" + INSTRUCTION + "\n"  # for models without a chat template
@@ -36,119 +33,6 @@ INSTRUCTIONS = {  # what follows a problem of each kind, in the words that its g
     "choice": "Please reason step by step, and put the letter of your answer within \\boxed{}.",
     "code": "Please reason step by step, and put your final program in a ```python code block.",
 }
-
-
-# ---- ranks --------------------------------------------------------------------------------------
-
-
-def init_distributed() -> str:
-    """Join torchrun's process group, or be a group of one; return this rank's device."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # see a3po.py
-    import torch
-    import torch.distributed as dist
-
-    if "RANK" not in os.environ:  # not under torchrun: set what it would have set
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    device = "cpu"
-    if torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    else:  # before vLLM starts; more threads than idle cores collapse to a tenth of the speed
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    if not dist.is_initialized():  # the long timeout: ranks wait for the longest rollout
-        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
-    return device
-
-
-def leave(status: int = 0) -> NoReturn:
-    """End a finished process after its exit handlers, without the rest of Python's shutdown: there,
-    a thread of gloo that has yet to free a tensor of the last collective aborts the process
-    (PyTorch's pull request 179291). destroy_process_group is no cure: DTensor's caches keep the
-    group, and with it its threads."""
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def group():
-    """Return torch.distributed where there is a group of several ranks, else None."""
-    import torch.distributed as dist
-
-    return dist if world_size() > 1 and dist.is_initialized() else None
-
-
-def gather(items: list) -> list:
-    """Return the lists of all ranks, one after the other, on every rank."""
-    dist = group()
-    if dist is None:
-        return items
-    parts: list[list] = [[] for _ in range(world_size())]
-    phase = enter(f"waiting after {PHASE[1]}")
-    dist.all_gather_object(parts, items)
-    enter(phase)
-    return [item for part in parts for item in part]
-
-
-def on_rank_0(make: Callable[[], Any]) -> Any:
-    """Return on all ranks what rank 0 makes; a UsageError there is raised on all."""
-    dist, shared = group(), [None, None]
-    if rank() == 0 or dist is None:
-        try:
-            shared[0] = make()
-        except UsageError as why:
-            shared[1] = why
-    if dist is not None:
-        dist.broadcast_object_list(shared, src=0)
-    if shared[1]:
-        raise shared[1]
-    return shared[0]
-
-
-PHASE = [0, "loading"]  # of this rank: how many it has entered, and the last one's name
-
-
-def enter(name: str) -> str:
-    """Tell other ranks (see checks.watch) what this one does from now on; return what it did."""
-    before, PHASE[:] = PHASE[1], [PHASE[0] + 1, name]
-    if dist := group():
-        store = dist.distributed_c10d._get_default_store()
-        store.set(f"phase {rank()}", f"{PHASE[0]} {name}")
-    return before
-
-
-@contextlib.contextmanager
-def timed(seconds: dict[str, float], name: str):
-    """Add the duration of the block to seconds["seconds_" + name]."""
-    import torch
-
-    began = time.perf_counter()
-    enter(name)
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    key = f"seconds_{name}"
-    seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - began
-
-
-def say(*parts: object) -> None:
-    """Print on rank 0, above a progress bar if there is one."""
-    if rank() == 0:
-        tqdm.write(" ".join(map(str, parts)))
-        sys.stdout.flush()  # a log file or a pipe would show it minutes later
 
 
 # ---- prompts ------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ LiveCodeBench row) in place of "answer". In Python: `grade(...)`, or a pool of w
 
 The caller extracts the answer and settles the easy cases. A worker (this file with --worker) runs
 sympy or compares program outputs, one task at a time; it is killed and replaced when late. For
-code, each worker has a sandbox (sandbox.py), which never sees an expected output.
+code, each worker has a sandbox (shelf/sandbox.py), which never sees an expected output.
 """
 
 import argparse
@@ -31,9 +31,10 @@ from decimal import Decimal, InvalidOperation
 from functools import lru_cache, partial
 from typing import Any
 
-import answers
-from answers import BadReference
-from sandbox import Child, Sandbox, die_with_parent, set_limit
+from shelf import answers
+from shelf.answers import BadReference
+from shelf.ranks import UsageError
+from shelf.sandbox import Child, Sandbox, die_with_parent, set_limit
 
 WORKER_MEMORY = 8 << 30  # bytes of address space for sympy, and for decoding tests
 MAX_TESTS = 256 << 20  # bytes of decoded private tests
@@ -50,10 +51,6 @@ class Grade:
     status: str = "ok"
     detail: str = ""
     reward: float | None = None  # set by a reward function; None: 1 or 0 by correctness
-
-
-class UsageError(ValueError):
-    """Bad input: one sentence saying what, where and what to do; shown without a traceback."""
 
 
 class _NeedsSympy(Exception):
@@ -173,7 +170,7 @@ def grade_choice(extracted: str, reference: Any, n_choices: int = 4) -> Grade:
 
 
 # ---- math ---------------------------------------------------------------------------------------
-# Numbers in the caller, all else in a worker, for sympy may never return (answers.py).
+# Numbers in the caller, all else in a worker, for sympy may never return (shelf/answers.py).
 
 
 def grade_number(extracted: str, reference: str) -> Grade | None:

@@ -17,10 +17,10 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import a3po  # noqa: E402
-import eval as evaluation  # noqa: E402
 import rollout  # noqa: E402
 from model import collate  # noqa: E402
 from rollout import Prompt, Sample  # noqa: E402
+from shelf import report  # noqa: E402
 from verify import Grade  # noqa: E402
 
 matplotlib.use("Agg")
@@ -82,10 +82,10 @@ def draw_methods(folders: list[Path], out: Path) -> None:
     titles = dict(eval_accuracy="held-out accuracy", entropy="entropy, nats a token",
                   response_length="response length, tokens")
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    groups = evaluation.group_runs(folders)
-    for (label, runs), colour in zip(groups.items(), evaluation.COLOURS, strict=False):
+    groups = report.group_runs(folders)
+    for (label, runs), colour in zip(groups.items(), report.COLOURS, strict=False):
         for axis, name in zip(axes, titles, strict=True):
-            evaluation.draw_series(axis, runs, name, label, colour)
+            report.draw_series(axis, runs, name, label, colour)
     for axis, title in zip(axes, titles.values(), strict=True):
         axis.set(title=title, xlabel="training step")
         axis.grid(alpha=0.3)

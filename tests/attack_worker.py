@@ -15,8 +15,8 @@ from pathlib import Path
 
 repository, uid, deny = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 sys.path.insert(0, repository)
-import sandbox  # noqa: E402
 import verify  # noqa: E402
+from shelf import sandbox  # noqa: E402
 
 CALLS = {"unshare": (272, 97), "landlock": (444, 444)}
 PLANT = "x = 'PLANTED' * 999\n# " + "PLANTED" * 999 + "\nprint(input())"

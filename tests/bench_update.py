@@ -31,6 +31,7 @@ import a3po  # noqa: E402
 import rollout  # noqa: E402
 from model import TokenLogprobs, collate, deal, full_weights, pack, packed_length  # noqa: E402
 from rollout import Prompt, Sample  # noqa: E402
+from shelf import ranks  # noqa: E402
 from verify import Grade  # noqa: E402
 
 GPU = torch.cuda.is_available()
@@ -189,7 +190,7 @@ def bench_gpu(rounds: int, size: dict = QWEN3_1_7B, responses: int = 64, mean: i
     """Tokens/s, MFU and peak memory of one optimiser update of a random model in bf16."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    device = rollout.init_distributed()
+    device = ranks.init_distributed()
     kernel, precision = ("varlen", torch.bfloat16) if GPU else ("grids", None)
     with tempfile.TemporaryDirectory() as folder:
         model = AutoModelForCausalLM.from_config(Qwen3Config(**size), dtype=torch.bfloat16)
@@ -267,7 +268,7 @@ def our_steps(folder: str, tokens: int, steps: int, warmup: int = 2) -> dict[str
         "--tis_cap=0",
     ])
     tokenizer, sampler, *_ = a3po.load_inputs(config)
-    device = rollout.init_distributed()
+    device = ranks.init_distributed()
     policy, model, reference, optimizer = a3po.build(config, device, "grids", None)
     longest = config.max_prompt_length + config.max_response_length
     engine = rollout.Engine(folder, tokenizer, max_model_len=longest)
@@ -348,4 +349,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    rollout.leave()
+    ranks.leave()

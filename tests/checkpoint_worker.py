@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import rollout  # noqa: E402
-from data import load_problems  # noqa: E402
+from shelf import ranks  # noqa: E402
+from shelf.data import load_problems  # noqa: E402
 
 
 def main(checkpoint: str) -> None:
-    rollout.init_distributed()
+    ranks.init_distributed()
     tokenizer, _ = rollout.load_tokenizer(checkpoint, 64, 64)
     problems = load_problems(str(ROOT / "demo" / "test.jsonl"))[:16]
     prompts = rollout.encode_prompts(problems, tokenizer, "auto", 64)
@@ -35,4 +36,4 @@ def main(checkpoint: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
-    rollout.leave()
+    ranks.leave()

@@ -15,6 +15,7 @@ from gradient_worker import fixed_samples, one_mini_batch
 import a3po
 import rollout
 from model import full_weights
+from shelf import ranks
 from verify import Grade
 
 
@@ -24,7 +25,7 @@ def main(model: str) -> None:
          "--max_prompt_length=32", "--max_response_length=48"]
     )
     tokenizer, *_ = a3po.load_inputs(config)
-    device = rollout.init_distributed()
+    device = ranks.init_distributed()
     policy, inner, _, optimizer = a3po.build(config, device, "grids", None)
     engine = rollout.Engine(model, tokenizer, max_model_len=80)
     prompts = [sample.prompt for sample in fixed_samples()]
@@ -72,4 +73,4 @@ def main(model: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
-    rollout.leave()
+    ranks.leave()

@@ -24,8 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import a3po  # noqa: E402
 import model  # noqa: E402
-import plan  # noqa: E402
-from rollout import Prompt, Sample, leave  # noqa: E402
+from rollout import Prompt, Sample  # noqa: E402
+from shelf import plan  # noqa: E402
+from shelf.ranks import leave  # noqa: E402
 from verify import Grade  # noqa: E402
 
 GPU = torch.cuda.is_available()

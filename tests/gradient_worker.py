@@ -13,8 +13,8 @@ import numpy as np
 
 import a3po
 import model as policy_model
-import rollout
 from rollout import Prompt, Sample
+from shelf import ranks
 from verify import Grade
 
 
@@ -61,7 +61,7 @@ class Recorder:
 
 
 def main(model: str, parallel: str, tokens: str, out: str, *flags: str) -> None:
-    device = rollout.init_distributed()
+    device = ranks.init_distributed()
     config = a3po.parse_args(
         ["--setting=demo", f"--model={model}", f"--parallel={parallel}", *flags,
          f"--micro_batch_tokens={tokens}", "--lr=1e-3", "--weight_decay=0.1"]
@@ -74,10 +74,10 @@ def main(model: str, parallel: str, tokens: str, out: str, *flags: str) -> None:
     metrics = a3po.update(policy, recorder, mini_batches, unclipped, rho)
     a3po.update(policy, optimizer, mini_batches, config, rho)
     weights = {name: tensor.clone() for name, tensor in policy_model.full_weights(inner)}
-    if rollout.rank() == 0:
+    if ranks.rank() == 0:
         torch.save(dict(gradient=recorder.gradient, weights=weights, metrics=metrics), out)
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    rollout.leave()
+    ranks.leave()

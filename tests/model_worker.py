@@ -17,9 +17,9 @@ sys.path.insert(0, str(ROOT))
 from gradient_worker import fixed_samples, one_mini_batch  # noqa: E402
 
 import a3po  # noqa: E402
-import checks  # noqa: E402
 import rollout  # noqa: E402
 from model import full_weights  # noqa: E402
+from shelf import checks, ranks  # noqa: E402
 from verify import Grade  # noqa: E402
 
 SIZE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
@@ -78,7 +78,7 @@ def main(family: str, folder: str) -> None:
     config = a3po.parse_args(["--setting=demo", f"--model={model}", "--lr=0.02",
                               "--max_prompt_length=160", "--max_response_length=48"])
     tokenizer, *_ = a3po.load_inputs(config)
-    device = rollout.init_distributed()
+    device = ranks.init_distributed()
     policy, inner, _, optimizer = a3po.build(config, device, "grids", None)
     engine = rollout.Engine(model, tokenizer, max_model_len=80)
     prompts = [sample.prompt for sample in fixed_samples()]
@@ -107,4 +107,4 @@ def main(family: str, folder: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    rollout.leave()
+    ranks.leave()

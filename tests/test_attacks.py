@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import verify  # noqa: E402
-from sandbox import Sandbox  # noqa: E402
+from shelf.sandbox import Sandbox  # noqa: E402
 
 HERE = Path(__file__).parent
 

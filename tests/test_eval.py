@@ -24,9 +24,11 @@ from conftest import ROOT, run
 import eval as evaluation
 import rollout
 import verify
-from folder import RunFolder, show_example
 from rollout import Problem, Prompt, Sample
-from verify import Grade, Graders, UsageError
+from shelf import report
+from shelf.folder import RunFolder, show_example
+from shelf.ranks import UsageError
+from verify import Grade, Graders
 
 # ---- estimators ---------------------------------------------------------------------------------
 
@@ -319,7 +321,7 @@ def test_each_rank_hands_on_the_records_of_its_own_share_alone(tmp_path, monkeyp
 
     alone, parts, kept = run_rank([].append), [], {"0": [], "1": []}
     ready = [(group[0]["id"], group) for group in alone[1][:-1]]
-    monkeypatch.setattr(rollout, "gather", lambda items: parts.append(items) or ready)
+    monkeypatch.setattr(evaluation, "gather", lambda items: parts.append(items) or ready)
     monkeypatch.setenv("WORLD_SIZE", "2")
     sampled = 0
     for rank in kept:
@@ -433,7 +435,7 @@ def test_killed_on_one_rank_and_finished_by_two(whole, data, tmp_path):
 def test_finished_evaluations_need_no_engine_and_keep_their_settings(whole, data, monkeypatch,
                                                                      capsys):
     monkeypatch.setattr(rollout, "Engine", lambda *_, **__: pytest.fail("an engine was started"))
-    monkeypatch.setattr(rollout, "init_distributed", lambda: "cpu")
+    monkeypatch.setattr(evaluation, "init_distributed", lambda: "cpu")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.chdir(ROOT)
@@ -449,10 +451,10 @@ def test_finished_evaluations_need_no_engine_and_keep_their_settings(whole, data
 
 def test_the_papers_average_is_a_column_of_its_own():
     five = {name: dict(accuracy=i / 10, accuracy_stderr=0.01) for i, name in
-            enumerate(evaluation.PAPER)}
+            enumerate(report.PAPER)}
     more = five | {"hmmt25": dict(accuracy=0.8, accuracy_stderr=0.02)}
-    assert "paper's five" not in evaluation.results_table("m", five)
-    heads, _, cells = evaluation.results_table("m", more).splitlines()[:3]
+    assert "paper's five" not in report.results_table("m", five)
+    heads, _, cells = report.results_table("m", more).splitlines()[:3]
     heads, cells = ([x.strip() for x in row.split("|")[1:-1]] for row in (heads, cells))
     assert dict(zip(heads, cells, strict=True))["paper's five"] == "20.0 ± 0.4"
     assert dict(zip(heads, cells, strict=True))["average"] == "30.0 ± 0.5"
@@ -460,7 +462,7 @@ def test_the_papers_average_is_a_column_of_its_own():
 
 def test_heads_that_the_ranks_cannot_share_are_refused(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(rollout, "world_size", lambda: 3)
+    monkeypatch.setattr(evaluation, "world_size", lambda: 3)
     monkeypatch.setattr(rollout, "Engine", lambda *_, **__: pytest.fail("an engine was started"))
     with pytest.raises(SystemExit):
         evaluation.main(["--model=demo/model", "--benchmarks=demo", "--tensor_parallel=3"])
@@ -523,15 +525,15 @@ def test_the_words_are_those_of_the_metrics_there_are(whole):
     for name in ("accuracy", "reward", "eval_accuracy"):
         names |= {f"{name}_{kind}" for kind in verify.KINDS}
     names |= {"reward_errors", "memory_gib"}  # of --reward, of a GPU
-    words = {name: evaluation.describe(name) for name in names}
+    words = {name: report.describe(name) for name in names}
     assert all(all(entry) for entry in words.values())  # label, unit, meaning
-    assert set(map(evaluation.describe, evaluation.METRICS)) == set(words.values())
-    assert len({label for label, _, _ in set(words.values())}) == len(evaluation.METRICS)
-    assert evaluation.describe("pass@16") == evaluation.describe("eval_pass@2")
-    assert evaluation.describe("length") == evaluation.describe("eval_length")
+    assert set(map(report.describe, report.METRICS)) == set(words.values())
+    assert len({label for label, _, _ in set(words.values())}) == len(report.METRICS)
+    assert report.describe("pass@16") == report.describe("eval_pass@2")
+    assert report.describe("length") == report.describe("eval_length")
     for unknown in ("nope", "pass@", "eval_reward", "maj@k", "eval_eval_n"):
         with pytest.raises(KeyError):
-            evaluation.describe(unknown)
+            report.describe(unknown)
 
 
 def test_glossary(capsys, monkeypatch):
@@ -539,9 +541,9 @@ def test_glossary(capsys, monkeypatch):
     evaluation.main(["glossary"])
     text = capsys.readouterr().out.splitlines()
     assert max(map(len, text)) <= 72
-    assert [line.split()[0] for line in text if line[0] != " "] == list(evaluation.METRICS)
+    assert [line.split()[0] for line in text if line[0] != " "] == list(report.METRICS)
     assert {re.match(" *", line).end() for line in text if line[0] == " "} == {
-        text[0].index(evaluation.describe("step")[0], 4)}  # one column
+        text[0].index(report.describe("step")[0], 4)}  # one column
     evaluation.main(["glossary", "entropy", "eval_maj@8"])
     text = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in text if line[0] != " "] == ["entropy", "eval_maj@8"]
@@ -606,7 +608,7 @@ def log(folder, steps, evaluate_at=()):
 
 def test_a_run_folder_and_its_console(tmp_path, capsys, monkeypatch):
     clock = itertools.count(1000.0)  # a second from each look at it to the next
-    monkeypatch.setattr("folder.time.time", lambda: next(clock))
+    monkeypatch.setattr("shelf.folder.time.time", lambda: next(clock))
     folder = RunFolder(settings(tmp_path / "run"))
     folder.open(0)
     log(folder, range(60), [0, 20])
@@ -758,8 +760,8 @@ def test_a_kill_while_a_run_is_reopened_loses_nothing(tmp_path, monkeypatch):
 def test_other_ranks_take_rank_0s_folder_and_write_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("folder.gather", lambda paths: [Path("runs/of-rank-0"), *paths])
-    monkeypatch.setattr("folder.all_see", lambda path: None)
+    monkeypatch.setattr("shelf.folder.gather", lambda paths: [Path("runs/of-rank-0"), *paths])
+    monkeypatch.setattr("shelf.folder.all_see", lambda path: None)
     folder = RunFolder(settings(""))
     folder.agree()
     assert folder.checkpoints == Path("runs/of-rank-0/checkpoints")
@@ -815,7 +817,7 @@ def test_paired_bootstrap_covers_the_true_difference():
         for _ in range(200):
             p = rng.uniform(0.1, 0.8, 60)  # pairing matters: the problems differ
             a, b = rng.binomial(8, p) / 8, rng.binomial(8, p + shift) / 8
-            mean, low, high, star = evaluation.paired_bootstrap([b - a], resamples=1000)
+            mean, low, high, star = report.paired_bootstrap([b - a], resamples=1000)
             covered += low <= shift <= high
             significant += star
         assert 178 <= covered <= 199
@@ -823,9 +825,9 @@ def test_paired_bootstrap_covers_the_true_difference():
 
 
 def test_a_few_problems_are_never_significant():
-    assert not evaluation.paired_bootstrap([np.ones(5)])[3]
-    assert evaluation.paired_bootstrap([np.ones(6)])[3]
-    assert not evaluation.paired_bootstrap([np.zeros(100)])[3]
+    assert not report.paired_bootstrap([np.ones(5)])[3]
+    assert report.paired_bootstrap([np.ones(6)])[3]
+    assert not report.paired_bootstrap([np.zeros(100)])[3]
 
 
 def test_compare(tmp_path, capsys, monkeypatch):
@@ -839,23 +841,23 @@ def test_compare(tmp_path, capsys, monkeypatch):
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
     rows = {name.strip(): [cell.strip() for cell in cells] for name, *cells in rows}
     assert rows["accuracy, %"] == ["aime24 (100)", "gpqa (100)", "average"]
-    assert rows["a"] == evaluation.score_cells([
+    assert rows["a"] == report.score_cells([
         json.loads((tmp_path / "a/results.json").read_text())["benchmarks"][b] for b in both])
     assert not any("*" in cell for cell in rows["same"])
     assert all(cell.endswith(" *)") for cell in rows["better"])
     assert "note: --seed is 1 in same, 0 in a" in text
-    assert text == (evaluation.compare(folders) + "\n")  # no chance between two calls
+    assert text == (report.compare(folders) + "\n")  # no chance between two calls
 
 
 def test_compare_pairs_by_problem(tmp_path):
     a = made_evaluation(tmp_path / "a", np.full(40, 0.5))
     b = made_evaluation(tmp_path / "b", np.full(30, 0.5), seed=1)
-    assert "aime24 (30)" in evaluation.compare([a, b])
+    assert "aime24 (30)" in report.compare([a, b])
     with pytest.raises(UsageError, match="no finished evaluation"):
-        evaluation.compare([a, str(tmp_path)])
+        report.compare([a, str(tmp_path)])
     c = made_evaluation(tmp_path / "c", np.full(30, 0.5), ("gpqa",))
     with pytest.raises(UsageError, match="no problem in common"):
-        evaluation.compare([a, c])
+        report.compare([a, c])
 
 
 def made_run(folder, preset, seed, level):
@@ -874,17 +876,17 @@ def made_run(folder, preset, seed, level):
 def test_runs_that_differ_in_the_seed_become_one_band(tmp_path, monkeypatch, capsys):
     folders = [made_run(tmp_path / f"{p}{s}", p, s, level) for p, level in
                (("a3po", 0.3), ("dapo", 0.2)) for s in range(3)]
-    groups = evaluation.group_runs(folders)
+    groups = report.group_runs(folders)
     assert {x: len(runs) for x, runs in groups.items()} == {"a3po": 3, "dapo": 3}
     monkeypatch.chdir(tmp_path)
     evaluation.main(["plot", *map(str, folders)])
     assert capsys.readouterr().out.strip() == "curves.png"
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-    assert evaluation.plot_runs(folders[:1], tmp_path / "one.png").stat().st_size > 10_000
+    assert report.plot_runs(folders[:1], tmp_path / "one.png").stat().st_size > 10_000
     import matplotlib.pyplot as pyplot
 
     axis = pyplot.subplots()[1]
-    evaluation.draw_series(axis, groups["a3po"], "accuracy", "x", "k")
+    report.draw_series(axis, groups["a3po"], "accuracy", "x", "k")
     [line], [_band] = axis.lines, axis.collections
     mean = np.mean([[r["accuracy"] for r in runs[:30]] for runs in groups["a3po"]], axis=0)
     assert np.allclose(line.get_ydata(), mean)  # at the 30 steps that all three have
@@ -902,7 +904,7 @@ def test_pictures_are_true_for_one_run_and_for_many(tmp_path):
         (folders[:2], 0, "a3po: mean over 2 seeds, bands and bars: one standard deviation"),
         (folders, 1, "mean over 2 seeds, bands and bars: one standard deviation"),
     ):
-        figure = evaluation.draw_runs(chosen)
+        figure = report.draw_runs(chosen)
         assert figure._suptitle.get_text().startswith(says) and len(figure.legends) == legends
         assert all(axis.lines and not axis.get_legend() for axis in figure.axes)
         titles = [axis.get_title() for axis in figure.axes]
@@ -919,4 +921,4 @@ def test_groups_of_one_preset_are_told_apart_by_what_differs(tmp_path):
     for folder, lr in zip(folders, (1e-5, 2e-5), strict=True):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | dict(lr=lr)))
-    assert list(evaluation.group_runs(folders)) == ["a3po, lr 1e-05", "a3po, lr 2e-05"]
+    assert list(report.group_runs(folders)) == ["a3po, lr 1e-05", "a3po, lr 2e-05"]

@@ -16,9 +16,11 @@ import a3po
 import eval as evaluation
 import rollout
 import verify
-from data import load_problems
 from rollout import Problem, Prompt, Sample
-from verify import Grade, UsageError
+from shelf import report
+from shelf.data import load_problems
+from shelf.ranks import UsageError
+from verify import Grade
 
 TESTS = [{"input": "1 2\n", "output": "3\n"}]
 LIVE = dict(
@@ -166,7 +168,7 @@ def test_programs_need_a_sandbox_that_holds(tmp_path, monkeypatch, capsys):
         a3po.load_inputs(dataclasses.replace(config, **{where: data}, unsafe_code=True))
     # a reward function judges, which runs what it likes
     a3po.load_inputs(dataclasses.replace(config, data=data, reward="builtins:len"))
-    monkeypatch.setattr(rollout, "init_distributed", lambda: "cpu")
+    monkeypatch.setattr(evaluation, "init_distributed", lambda: "cpu")
     monkeypatch.setattr(rollout, "Engine", lambda *_, **__: pytest.fail("an engine was started"))
     with pytest.raises(SystemExit):
         evaluation.main(["--model=demo/model", f"--data={data}"])
@@ -187,7 +189,7 @@ def test_each_file_has_a_flag_for_its_kind(tmp_path):
 
 def test_large_tests_are_read_only_when_they_are_run(tmp_path, monkeypatch):
     broken = LIVE | dict(kind="code", private_test_cases="?" * 99)
-    monkeypatch.setattr("data.CHECKED_TESTS", 100)
+    monkeypatch.setattr("shelf.data.CHECKED_TESTS", 100)
     [problem] = load(tmp_path, broken)
     grade = verify.grade("code", "```python\nprint(3)\n```", problem.reference)
     assert grade.status == "bad_reference" and not grade.correct
@@ -231,7 +233,7 @@ def test_tests_stay_on_their_rank(tmp_path, monkeypatch):
     tests = dict(public_test_cases=TESTS, private_test_cases="x" * 10**6)
     prompts = [Prompt(Problem(str(i), f"p{i}", tests, "code"), [i]) for i in range(4)]
     sizes, config = [], a3po.Config(group_size=2, prompts_per_step=4, dynamic_sampling=False)
-    monkeypatch.setattr(rollout, "gather", lambda x: sizes.append(len(pickle.dumps(x))) or x)
+    monkeypatch.setattr(a3po, "gather", lambda x: sizes.append(len(pickle.dumps(x))) or x)
     sampler = rollout.PromptSampler(prompts, 0)
     with verify.Graders(workers=1) as graders:
         judge = rollout.judge_by_rules(graders)
@@ -340,7 +342,7 @@ def test_training_on_a_mixed_file(tmp_path):
     for line in held_out:  # half of the problems are programs
         math, choice, code = (line[f"eval_accuracy_{kind}"] for kind in verify.KINDS)
         assert line["eval_accuracy"] == pytest.approx((math + choice + 2 * code) / 4)
-    assert all(evaluation.describe(name) for line in lines for name in line if name != "step")
+    assert all(report.describe(name) for line in lines for name in line if name != "step")
     rollouts = [json.loads(line) for line in (folder / "rollouts.jsonl").open()]
     assert {row["kind"] for row in rollouts} == {*verify.KINDS}
     assert all((row["answer"] is None) == (row["kind"] == "code") for row in rollouts)

@@ -10,7 +10,7 @@ from conftest import ROOT
 from torch._subclasses import FakeTensorMode
 
 import a3po
-from config import LOSS_AGGS
+from shelf.config import LOSS_AGGS
 
 
 def random_batch(seed: int, ties: bool = False):

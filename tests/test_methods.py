@@ -11,7 +11,7 @@ from gradient_worker import Recorder, fixed_samples, one_mini_batch
 from transformers import AutoModelForCausalLM
 
 import a3po
-from config import CELLS, LOSS_AGGS, PRESETS
+from shelf.config import CELLS, LOSS_AGGS, PRESETS
 from verify import Grade
 
 G = 5  # the ten fixed samples are two groups

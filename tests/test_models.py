@@ -7,8 +7,8 @@ from conftest import ROOT, run
 from model_worker import FAMILIES, make
 from transformers import AutoConfig
 
-import checks
-from verify import UsageError
+from shelf import checks
+from shelf.ranks import UsageError
 
 REFUSED = {
     "mistral_window": "attention with a window",

@@ -10,8 +10,8 @@ from conftest import ROOT
 from model_worker import make
 
 import a3po
-import plan
-from verify import UsageError
+from shelf import plan
+from shelf.ranks import UsageError
 
 FLAGS = ["--setting=paper", "--max_prompt_length=64", "--max_response_length=128",
          "--micro_batch_tokens=512"]
@@ -48,10 +48,12 @@ def test_a_wrong_dtype_is_seen(broken, models, tmp_path, monkeypatch):
     """fake kernels take what the real ones refuse."""
     wrong = {"query.dtype == key": ("to(value.dtype)", "to(torch.float16)"),
              "result.dtype == torch.float32": (", out_dtype=torch.float32", "")}[broken]
-    for path in ROOT.glob("*.py"):
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("shelf/*.py")]:
         text = path.read_text()
-        (tmp_path / path.name).write_text(text.replace(*wrong) if path.stem == "model" else text)
-    monkeypatch.setattr(plan, "__file__", str(tmp_path / "plan.py"))
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(text.replace(*wrong) if path.stem == "model" else text)
+    monkeypatch.setattr(plan, "ROOT", tmp_path)
     with pytest.raises(UsageError, match="AssertionError"):
         plan.in_process(2, [*FLAGS, f"--model={models['qwen3']}"])
 

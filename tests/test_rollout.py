@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import ROOT, make_model, run
 
-import checks
 import rollout
-from data import load_problems
 from rollout import PromptSampler
-from verify import Grade, UsageError
+from shelf import checks
+from shelf.data import load_problems
+from shelf.ranks import UsageError
+from verify import Grade
 
 
 def write(path, rows):
@@ -312,8 +313,8 @@ def test_request_seeds_are_far_apart():
 def test_leave_runs_exit_handlers_and_writes_all_but_does_not_shut_python_down():
     """The shutdown would call __del__ here; in a rank, a thread of gloo may abort it."""
     made = "type('Kept', (), {'__del__': lambda self: print('shut down')})()"
-    done = run("-c", f"import atexit, rollout; atexit.register(print, 'handler'); kept = {made}; "
-               "print('end', end=' '); rollout.leave()")
+    done = run("-c", "import atexit; from shelf import ranks; atexit.register(print, 'handler'); "
+               f"kept = {made}; print('end', end=' '); ranks.leave()")
     assert (done.returncode, done.stdout) == (0, "end handler\n")
 
 

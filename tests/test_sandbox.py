@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-import sandbox
-from sandbox import Sandbox
+from shelf import sandbox
+from shelf.sandbox import Sandbox
 
 ADD = "a, b = map(int, input().split())\nprint(a + b)"
 BURN = "import time\nwhile time.process_time() < 0.5:\n    pass\nprint(7)"

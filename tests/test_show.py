@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import eval as evaluation
-import show
-from folder import token_values
 from rollout import Problem
+from shelf import show
+from shelf.folder import token_values
 from verify import Grade
 
 HOSTILE = "</script><script>document.title = 'taken over'</script><img src=x onerror=alert(1)>"
@@ -39,7 +39,7 @@ def training_run(folder, responses):
 
 
 def evaluation_config():
-    from config import parse_args
+    from shelf.config import parse_args
 
     return parse_args(["--setting=demo", "--preset=dapo", "--lr=0.5"])
 

@@ -7,10 +7,10 @@ import os
 
 import pytest
 
-import trackers
-from config import parse_args
-from folder import RunFolder
-from verify import UsageError
+from shelf import trackers
+from shelf.config import parse_args
+from shelf.folder import RunFolder
+from shelf.ranks import UsageError
 
 ROWS = [dict(step=s, reward=s / 8, truncated=0.0, rollout_tokens=10, seconds_generate=1.0,
              entropy=None if s == 1 else 0.5) for s in range(4)]

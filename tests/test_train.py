@@ -15,12 +15,11 @@ import torch
 from conftest import ROOT, run
 
 import a3po
-import checks
-import eval as evaluation
 import verify
-from config import PRESETS, RANGES
 from rollout import Engine, Problem, Prompt, PromptSampler, Sample
-from verify import UsageError
+from shelf import checks, report
+from shelf.config import PRESETS, RANGES
+from shelf.ranks import UsageError
 
 SHORT = ["a3po.py", "--setting=demo", "--eval_limit=32", "--prompts_per_step=8", "--group_size=4",
          "--mini_batches=2", "--seed=3"]
@@ -57,7 +56,7 @@ def test_the_run_folder_is_complete(whole_run):
     assert not set(wanted.split()) - steps[0].keys()
     assert all(line["ratio_max_deviation"] == 0 for line in steps)
     for name in {name for line in lines for name in line} - {"step"}:
-        assert all(evaluation.describe(name)), name  # label, unit, sentence
+        assert all(report.describe(name)), name  # label, unit, sentence
     assert all(line["mismatch_max"] <= 1e-4 for line in steps)
     assert [line["rho_positive"] for line in steps[:2]] == [2.0, 2.0 - 0.015]
     assert json.loads((folder / "config.json").read_text())["preset"] == "a3po"

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import a3po
 import model as policy_model
-import rollout
+from shelf import ranks
 
 
 def full_logprobs(hidden, weight, targets, temperature):
@@ -373,4 +373,4 @@ def test_all_tokens_are_sorted_without_padding_and_over_ranks(tiny_model):
     batches = sum(scored(config, policy), [])
     values = a3po.sort_all_tokens(batches, "old_logprobs")
     expected = torch.cat([batch["old_logprobs"][batch["mask"]] for batch in batches])
-    assert torch.equal(values, expected.sort().values) and rollout.world_size() == 1
+    assert torch.equal(values, expected.sort().values) and ranks.world_size() == 1

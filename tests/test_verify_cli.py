@@ -13,7 +13,8 @@ import pytest
 from test_sandbox import BURN, children
 
 import verify
-from verify import UsageError, read_jsonl
+from shelf.ranks import UsageError
+from verify import read_jsonl
 
 VERIFY = str(Path(verify.__file__))
 MATH = {"id": 1, "kind": "math", "response": "\\boxed{5}", "answer": "5"}
@@ -110,7 +111,7 @@ def test_import_is_light():
     )
     command = [sys.executable, "-S", "-c", code]  # without what a site-packages may load at start
     done = subprocess.run(command, cwd=Path(VERIFY).parent, capture_output=True, text=True)
-    assert done.stdout == "['__main__', 'answers', 'sandbox', 'verify']\n", done.stderr
+    assert done.stdout == "['__main__', 'shelf', 'verify']\n", done.stderr
 
 
 def test_submit_from_many_threads():

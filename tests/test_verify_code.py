@@ -370,7 +370,8 @@ def belongs_to_another_run(path):
 SCENARIO = """
 import json, os, sys
 sys.path[:0] = json.loads(sys.argv[1])
-import sandbox, verify
+import verify
+from shelf import sandbox
 deny, uid = json.loads(sys.argv[2])
 if deny:
     calls = {"unshare": (272, 97), "landlock": (444, 444)}

@@ -9,8 +9,8 @@ from random import Random
 import pytest
 from test_sandbox import children
 
-import answers
 import verify
+from shelf import answers
 
 HERE = Path(__file__).parent
 DATA = HERE.parent.parent / "shared" / "data"

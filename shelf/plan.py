@@ -1,6 +1,6 @@
 """What a run will need, measured by its own code without a GPU and without weights.
 
-    python plan.py --gpus 8 [--nodes 2] [--gpu_gb 80] [--mean_length 3000] [flags of a3po.py]
+    python a3po.py --dry_run --gpus 8 [--nodes 2] [--gpu_gb 80] [--mean_length 3000] [flags]
 
 `update` runs as it is, under fake tensors and a fake process group: the real sharding, precision,
 packing at the token budget, attention kernel's shapes, chunked head, loss and Adam. Of a model only
@@ -14,6 +14,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,9 +30,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import a3po
 import model
 from rollout import Prompt, Sample
-from verify import Grade, UsageError
+from shelf.ranks import UsageError
+from verify import Grade
 
 GIB = 2**30
+ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = 5 * GIB  # calculated: CUDA's context, NCCL's buffers, what a sleeping vLLM keeps
 GRAPHS = 3 * GIB  # calculated: vLLM's activations and CUDA graphs
 SPEEDS = dict(flops=990e12, update=0.4, score=0.4, generate=0.08)  # an H100's, and shares of it
@@ -146,8 +149,8 @@ def in_process(ranks: int, argv: list[str]) -> dict:
     """Measure in a process of its own, for its group has one number of ranks. Raises UsageError
     where that fails."""
     env = os.environ | dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(ranks), OMP_NUM_THREADS="1",
-                            CUDA_VISIBLE_DEVICES="")
-    command = [sys.executable, __file__, "--measure", *argv]
+                            CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT))
+    command = [sys.executable, "-m", "shelf.plan", "--measure", *argv]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"error: it ended with {done.returncode}"]
@@ -242,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--measure"]:
         return print(json.dumps(measure(argv[1:])))
-    parser = argparse.ArgumentParser("plan.py", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser("a3po.py --dry_run", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default, text in (("gpus", 8, "GPUs a machine"), ("nodes", 1, "machines"),
                                 ("gpu_gb", 80, "memory of a GPU, GiB"),

@@ -8,8 +8,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from rollout import world_size
-from verify import UsageError
+from shelf.ranks import UsageError, world_size
 
 KINDS = ("", "math", "choice", "code")
 CELLS = ("low_prob", "high_prob", "low_entropy", "high_entropy")
@@ -130,7 +129,7 @@ RANGES = {  # which values the fields may have
 }  # fmt: skip
 
 # The demo: the same job at laptop size. Every other field keeps its default.
-DEMO_DIR = Path(__file__).resolve().parent / "demo"
+DEMO_DIR = Path(__file__).resolve().parent.parent / "demo"
 SETTINGS = {
     "paper": {},
     "demo": dict(
@@ -181,7 +180,7 @@ HELP = """Train a language model with A3PO, or with a method it is compared with
 Sources: [P] the paper, [C] its authors' code, [O] our reading where neither says, [DAPO]
 2503.14476. Defaults are those of --setting {setting} --preset {preset}: name others beside --help
 to see theirs. --dry_run [--gpus N] [--nodes N] [--gpu_gb N] measures what a run needs, without a
-GPU: see plan.py."""
+GPU: see shelf/plan.py."""
 
 
 def defaults(setting: str = "auto", preset: str = "a3po") -> Config:

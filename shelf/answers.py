@@ -1,7 +1,7 @@
 r"""Tell whether a math answer is the gold one: the equality behind the math reward. A policy finds
 whatever a grader pays for, so these are rules, and an answer that no rule understands is wrong.
 
-    from answers import equal
+    from shelf.answers import equal
     equal(r"\frac12", "0.5"), equal("2+3", "5")      # (True, False)
 
 - A number wants a number: a gold that is written out (also in a list, tuple, set or interval) is

@@ -11,8 +11,10 @@ import argparse
 import json
 from pathlib import Path
 
-from eval import describe, replace_file
-from verify import UsageError, read_jsonl
+from shelf.folder import replace_file
+from shelf.ranks import UsageError
+from shelf.report import describe
+from verify import read_jsonl
 
 CURVES = (("reward", "eval_accuracy"), ("entropy_positive", "entropy_negative", "entropy"),
           ("response_length_positive", "response_length_negative", "response_length"),
@@ -35,7 +37,7 @@ def table(rows: dict[str, dict]) -> list[list[str]]:
 
 def of_training(folder: Path) -> dict:
     """Return what the page shows of a training run."""
-    from config import defaults
+    from shelf.config import defaults
 
     settings = json.loads((folder / "config.json").read_text())
     usual = vars(defaults(settings["setting"], settings["preset"]))

@@ -1,20 +1,17 @@
 """What the program checks about itself: that a model is one that can be trained here, that vLLM and
-the trainer are the same model, that weights arrive, and what ranks wait for.
+the trainer are the same model, that weights arrive.
 """
 
-import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from model import full_weights
-from rollout import Engine, enter, gather, group, rank, say, world_size
-from verify import UsageError
+from rollout import Engine
+from shelf.ranks import UsageError, gather, say
 
 # Families of which a tiny model is trained in tests/test_models.py, by config.model_type
 FAMILIES = dict(
@@ -151,41 +148,3 @@ def check_weights(model, sent: dict[str, Any]) -> None:
     if wrong:
         raise UsageError(f"the weight sync failed: {len(wrong)} of {len(pairs)} weights that vLLM "
                          f"holds are not those of the trainer, the first is {wrong[0]}")
-
-
-# ---- ranks that wait ----------------------------------------------------------------------------
-
-
-def watch(patience: float = 300.0) -> None:
-    """Say from now on, whenever for `patience` seconds no rank has come to another phase, where
-    each of them is: none is ended for that, as all rightly wait for the longest response."""
-    enter("loading")
-    if group() and rank() == 0:
-        threading.Thread(target=_watch, args=(patience,), daemon=True).start()
-
-
-def _watch(patience: float) -> None:
-    store = dist.distributed_c10d._get_default_store()
-    names = [f"phase {r}" for r in range(world_size())]
-    seen, since = None, time.time()
-    while True:
-        try:
-            phases = [value.decode() for value in store.multi_get(names)]
-        except RuntimeError:  # the group has ended
-            return
-        if phases != seen:
-            seen, since = phases, time.time()
-        elif time.time() - since >= patience:
-            say(f"for {(time.time() - since) / 60:.0f} minutes no rank has come to another phase: "
-                f"{where_ranks_are(phases)}")
-            since = time.time()
-        time.sleep(patience / 10)
-
-
-def where_ranks_are(phases: list[str]) -> str:
-    """Say which ranks are in which phase; phases: of each rank, a number and a name."""
-    ranks: dict[str, list[str]] = {}
-    for r, phase in enumerate(phases):
-        ranks.setdefault(phase.partition(" ")[2], []).append(str(r))
-    waiting = sorted(ranks, key=lambda name: name.startswith("waiting"))
-    return "; ".join(f"{name}: rank {', '.join(ranks[name])}" for name in waiting)
