@@ -57,7 +57,8 @@ def measure(ranks: int, config: a3po.Config) -> dict:
         raise UsageError(f"model {config.model!r} has no config.json that can be read") from None
     check_model(config.model, about)
     a3po.precision_of(config, "cuda")  # refuses 32 bits; both kinds of 16 take the same room
-    sharded, fake = config.parallel == "fsdp", FakeTensorMode(allow_non_fake_inputs=True)
+    sharded = config.parallel == "fsdp"
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
     policy, inner, reference, optimizer = build(config, about, fake)
     tracker = FSDPMemTracker(policy, optimizer) if sharded else MemTracker()
     tracker.track_external(policy, optimizer)
@@ -143,8 +144,9 @@ def full_batch(config: a3po.Config) -> dict:
 
 def in_process(ranks: int, argv: list[str]) -> dict:
     """Return what `measure` finds with these flags. Raises UsageError."""
-    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    env = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    new = multiprocessing.get_context("spawn")
+    with patch.dict(os.environ, env), ProcessPoolExecutor(1, new) as pool:
         return pool.submit(measure, ranks, a3po.parse_args(argv)).result()
 
 
@@ -166,7 +168,8 @@ def problem(x: dict, gpu: int) -> str:
 
 def refusal(x: dict, gpu: int, ranks: int, argv: list[str]) -> str:
     """Return why it does not fit, and with which flags it does, found by running them."""
-    what, c, states = problem(x, gpu), x["setting"], 16 * x["parameters"] // ranks + CONTEXT
+    what, c = problem(x, gpu), x["setting"]
+    states = 16 * x["parameters"] // ranks + CONTEXT
     more = ranks * 2 ** max(1, math.ceil(math.log2(states / (0.6 * gpu))))
     tries = [(more, ""), (2 * more, "")]
     if states < gpu:

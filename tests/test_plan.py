@@ -160,5 +160,7 @@ def test_the_command(models):
 
 def test_what_a_measurement_refuses_is_an_error_here(models):
     """and not a traceback of another process."""
+    before = dict(os.environ)
     with pytest.raises(UsageError, match="model '/nowhere' has no config.json"):
         plan.in_process(2, [*FLAGS, "--model=/nowhere"])
+    assert dict(os.environ) == before  # what starts after it sees the GPUs
