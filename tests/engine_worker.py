@@ -1,6 +1,7 @@
-"""Run by test_rollout.py: one engine, one policy, one optimiser step; prints a JSON report.
+"""Run by test_rollout.py: one engine, one policy, one optimiser step for each model; prints a list
+of reports in JSON.
 
-usage: engine_worker.py MODEL
+usage: engine_worker.py MODEL...
 """
 
 import json
@@ -19,13 +20,13 @@ from shelf import ranks
 from verify import Grade
 
 
-def main(model: str) -> None:
+def follow(model: str, device: str) -> dict:
+    """Return how the engine samples, and how far it and the trainer are apart."""
     config = a3po.parse_args(
         ["--setting=demo", f"--model={model}", "--lr=0.02", "--temperature=0.8",
          "--max_prompt_length=32", "--max_response_length=48"]
     )
     tokenizer, *_ = a3po.load_inputs(config)
-    device = ranks.init_distributed()
     policy, inner, _, optimizer = a3po.build(config, device, "grids", None)
     engine = rollout.Engine(model, tokenizer, max_model_len=80)
     prompts = [sample.prompt for sample in fixed_samples()]
@@ -68,9 +69,14 @@ def main(model: str) -> None:
         with torch.no_grad():
             predicted = inner(ids).logits[0, len(prompt) - 1 : -1].argmax(-1)
         report["greedy_agrees"] &= predicted.tolist() == response.ids.tolist()
-    print(json.dumps(report))
+    return report
+
+
+def main(*models: str) -> None:
+    device = ranks.init_distributed()
+    print(json.dumps([follow(model, device) for model in models]))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
     ranks.leave()

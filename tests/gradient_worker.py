@@ -1,8 +1,11 @@
-"""Run by test_update.py, also under torchrun: one mini-batch's gradient, then one optimiser step.
+"""Run by test_update.py under torchrun: one mini-batch's gradient, then one optimiser step, for
+each job; a list of results goes to OUT.
 
-usage: gradient_worker.py MODEL fsdp|ddp MICRO_BATCH_TOKENS OUT.pt [flags of a3po.py]
+usage: gradient_worker.py OUT.pt JOB...    a job in JSON: [model, "fsdp" or "ddp",
+                                           micro_batch_tokens, further flags of a3po.py...]
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -60,8 +63,8 @@ class Recorder:
         return torch.cat([grad.flatten() for grad in self.gradient.values()])
 
 
-def main(model: str, parallel: str, tokens: str, out: str, *flags: str) -> None:
-    device = ranks.init_distributed()
+def measure(model: str, parallel: str, tokens: int, *flags: str, device: str = "cpu") -> dict:
+    """Return a mini-batch's gradient and metrics, and the weights after a step with it."""
     config = a3po.parse_args(
         ["--setting=demo", f"--model={model}", f"--parallel={parallel}", *flags,
          f"--micro_batch_tokens={tokens}", "--lr=1e-3", "--weight_decay=0.1"]
@@ -74,8 +77,14 @@ def main(model: str, parallel: str, tokens: str, out: str, *flags: str) -> None:
     metrics = a3po.update(policy, recorder, mini_batches, unclipped, rho)
     a3po.update(policy, optimizer, mini_batches, config, rho)
     weights = {name: tensor.clone() for name, tensor in policy_model.full_weights(inner)}
+    return dict(gradient=recorder.gradient, weights=weights, metrics=metrics)
+
+
+def main(out: str, *jobs: str) -> None:
+    device = ranks.init_distributed()
+    results = [measure(*json.loads(job), device=device) for job in jobs]
     if ranks.rank() == 0:
-        torch.save(dict(gradient=recorder.gradient, weights=weights, metrics=metrics), out)
+        torch.save(results, out)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Run by test_models.py: a tiny random model of one family through load, generate, score, one
-update and sync; prints a JSON report.
+"""Run by test_models.py: a tiny random model of each family through load, generate, score, one
+update and sync; prints a line {family: report} in JSON. A family that fails has the traceback.
 
-usage: model_worker.py FAMILY FOLDER
+usage: model_worker.py FOLDER FAMILY...
 """
 
 import json
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -73,12 +74,12 @@ def make(family: str, folder: Path) -> str:
     return str(folder)
 
 
-def main(family: str, folder: str) -> None:
-    model = make(family, Path(folder))
+def follow(family: str, folder: Path, device: str) -> dict:
+    """Return how far vLLM and the trainer are apart before and after an update that moves them."""
+    model = make(family, folder)
     config = a3po.parse_args(["--setting=demo", f"--model={model}", "--lr=0.02",
                               "--max_prompt_length=160", "--max_response_length=48"])
     tokenizer, *_ = a3po.load_inputs(config)
-    device = ranks.init_distributed()
     policy, inner, _, optimizer = a3po.build(config, device, "grids", None)
     engine = rollout.Engine(model, tokenizer, max_model_len=80)
     prompts = [sample.prompt for sample in fixed_samples()]
@@ -102,7 +103,17 @@ def main(family: str, folder: str) -> None:
     sent = {name: (tuple(tensor.shape),) for name, tensor in full_weights(inner)}
     [report["unmatched"]] = engine.llm.apply_model(
         lambda model: [name for name in sent if not checks.held_by(model, name, sent)[0]])
-    print(json.dumps(report))
+    return report
+
+
+def main(folder: str, *families: str) -> None:
+    device, reports = ranks.init_distributed(), {}
+    for family in families:
+        try:
+            reports[family] = follow(family, Path(folder) / family, device)
+        except Exception:
+            reports[family] = traceback.format_exc()
+    print(json.dumps(reports))
 
 
 if __name__ == "__main__":

@@ -318,14 +318,21 @@ def test_leave_runs_exit_handlers_and_writes_all_but_does_not_shut_python_down()
     assert (done.returncode, done.stdout) == (0, "end handler\n")
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_engine_follows_the_trainer(tmp_path, tied):
+@pytest.fixture(scope="module")
+def engine_reports(tmp_path_factory) -> list[dict]:
+    """Of a model with a tied head and of one without, from one process."""
+    folder = tmp_path_factory.mktemp("engines")
+    models = [make_model(folder / str(tied), tied=tied) for tied in (True, False)]
+    done = run("tests/engine_worker.py", *models)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("head", [0, 1], ids=["tied", "untied"])
+def test_engine_follows_the_trainer(engine_reports, head):
     """After a real optimiser step and sync, vLLM's and the trainer's log-probs agree to 1e-4; a
     response depends on its own seed alone; EOS ends a response; greedy answers agree."""
-    model = make_model(tmp_path / "model", tied=tied)
-    done = run("tests/engine_worker.py", model)
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = engine_reports[head]
     assert report["gap_at_start"] <= 1e-4
     assert report["gap_before_sync"] > 0.1  # the step really changed the model
     assert report["gap_after_sync"] <= 1e-4

@@ -2,17 +2,13 @@
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, kill, run, start, wait_for
 
 import a3po
 import verify
@@ -83,39 +79,35 @@ def test_the_run_folder_is_complete(whole_run):
     assert sorted(resumable) == ["step_4", "step_6"]  # small: two to go back to
 
 
-def test_one_seed_gives_one_result_and_a_killed_run_resumes(whole_run, tmp_path):
-    """Killed after step 2's checkpoint, with a half-written last line, resumed: the same metrics
-    to the last bit as the run that was left alone; and so the same run twice is the same."""
-    folder, flags = tmp_path / "killed", ["--steps=6", "--save_every=2", "--eval_every=3"]
-    process = subprocess.Popen(
-        [sys.executable, *SHORT, f"--output_dir={folder}", *flags],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )
-    deadline = time.time() + 240
-    while not (folder / "checkpoints" / "step_2").exists() and time.time() < deadline:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    before = metrics(folder)
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2, "rewa')
-    resumed = train(folder, *flags, "--resume=auto")
-    assert before[:2] == whole_run[1][:2]
-    assert resumed == whole_run[1]
+def written(folder: Path) -> int:
+    """The number of whole lines of metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
 
 
-def test_sigterm_saves_after_the_step_and_leaves_with_0(whole_run, tmp_path):
-    """What a scheduler sends before it takes the machine; the resumed run is the uninterrupted."""
-    folder = tmp_path / "run"
-    flags = [*SHORT, f"--output_dir={folder}", "--steps=6", "--eval_every=3", "--save_every=0"]
-    process = subprocess.Popen([sys.executable, *flags], cwd=ROOT, stdout=subprocess.PIPE)
-    while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 2:
-        time.sleep(0.05)
+def test_a_run_that_is_stopped_and_killed_ends_like_one_left_alone(whole_run, tmp_path):
+    """SIGTERM, which a scheduler sends before it takes the machine: the run saves after its step
+    and leaves with 0. Resumed and killed after its next checkpoint, with a half-written last line,
+    and resumed again, it has the same metrics to the last bit as the run that was left alone; and
+    so one seed gives one result."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    flags = ["--steps=6", "--eval_every=3", "--resume=auto"]
+    command = [*SHORT, f"--output_dir={folder}", *flags]
+    process = start(*command, "--save_every=0", log=log)
+    wait_for(lambda: written(folder) >= 2, process, log)
     process.send_signal(signal.SIGTERM)
-    out = process.communicate(timeout=100)[0].decode()
-    assert process.returncode == 0 and "stopped as asked" in out
-    assert len(list((folder / "checkpoints").glob("step_*/resume"))) == 1
-    assert train(folder, "--steps=6", "--eval_every=3", "--resume=auto") == whole_run[1]
+    assert process.wait(100) == 0 and "stopped as asked" in log.read_text()
+    [saved] = (folder / "checkpoints").glob("step_*/resume")
+    step, before = int(saved.parent.name.removeprefix("step_")), metrics(folder)
+    assert step < 5 and before == whole_run[1][: len(before)]
+
+    process = start(*command, "--save_every=1", log=log)
+    wait_for((folder / "checkpoints" / f"step_{step + 1}").exists, process, log)
+    kill(process)
+    assert process.returncode == -signal.SIGKILL
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"step": {step + 1}, "rewa')
+    assert train(folder, *flags, "--save_every=0") == whole_run[1]
 
 
 def test_the_checkpoint_is_the_trained_model(whole_run):
@@ -206,7 +198,7 @@ def test_the_demos_values_are_not_kept_in_silence(capsys):
 
 @pytest.mark.slow
 def test_the_gpu_checks_run_on_a_cpu_too():
-    done = run("tests/gpu_check.py")
+    done = run("tests/tools/gpu_check.py")
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert sum(line.endswith("ok") for line in lines) == 13 and "LOOK" not in done.stdout
@@ -216,7 +208,7 @@ def test_the_gpu_checks_run_on_a_cpu_too():
 
 @pytest.mark.slow
 def test_three_kills_change_nothing():
-    done = run("tests/kills.py", "--kills=3", timeout=400)
+    done = run("tests/tools/kills.py", "--kills=3", timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "3 kills, 7 steps: every line" in done.stdout
 
