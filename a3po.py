@@ -87,7 +87,7 @@ def group_advantages(
     rewards and result: (P * G,), the G responses to a prompt side by side. The standard deviation
     is the unbiased one; a group of one has mean 0 and deviation 1.
     """
-    if group_size == 1:
+    if group_size == 1 or not len(rewards):
         return rewards / (1 + eps) if norm_std else rewards.clone()
     groups = rewards.view(len(rewards) // group_size, group_size)
     advantages = groups - groups.mean(1, keepdim=True)
@@ -333,16 +333,19 @@ def sort_all_tokens(batches: list[dict], name: str) -> torch.Tensor:
     return values.sort().values[: sum(lengths)]
 
 
+NO_SCALING = torch.amp.GradScaler(enabled=False)  # only fp16 wants its loss scaled
+
+
 def update(policy, optimizer, mini_batches: list[list[dict]], config: Config, rho: dict,
-           scaler: torch.amp.GradScaler) -> dict[str, float]:
+           scaler: torch.amp.GradScaler = NO_SCALING) -> dict[str, float]:
     """Take one optimiser step per mini-batch; return diagnostics, most of them means over tokens.
 
     The loss is divided by the token (or response) count of the whole mini-batch over all ranks, so
     the gradient is the same for any split into micro-batches and any number of ranks.
     """
-    c, history = config, []
+    history = []
     for micro_batches in mini_batches:
-        denominator, sums = loss_denominator(micro_batches, c.loss_agg), {}
+        denominator, sums = loss_denominator(micro_batches, config.loss_agg), {}
         for batch in micro_batches:
             if not batch["trained"]:
                 continue
@@ -350,26 +353,26 @@ def update(policy, optimizer, mini_batches: list[list[dict]], config: Config, rh
             if is_on_policy(config):
                 batch |= dict(old_logprobs=logprobs.detach(), entropy=entropy.detach())
             advantages = shape_advantages(
-                batch["advantage"], batch["correct"], batch["old_logprobs"], batch["mask"],
-                token_fraction=c.token_fraction, positive_weight=c.positive_weight,
-                negative_weight=c.negative_weight, positive_cell=c.positive_cell,
-                negative_cell=c.negative_cell, entropy=batch["entropy"], **rho,
+                batch["advantage"], batch["correct"], batch["old_logprobs"], batch["mask"], **rho,
+                token_fraction=config.token_fraction, positive_weight=config.positive_weight,
+                negative_weight=config.negative_weight, positive_cell=config.positive_cell,
+                negative_cell=config.negative_cell, entropy=batch["entropy"],
             )  # (B, T)
             batch |= dict(logprobs=logprobs.detach(), shaped=advantages)  # for RunFolder.log_tokens
             loss, stats = policy_loss(
                 logprobs, batch["old_logprobs"], advantages, batch["loss_mask"],
-                clip_low=c.clip_low, clip_high=c.clip_high, dual_clip=c.dual_clip,
-                rollout_logprobs=batch["rollout_logprobs"], tis_cap=c.tis_cap,
-                ref_logprobs=batch.get("ref_logprobs"), kl_coef=c.kl_coef,
-                kl_mask=batch.get("kl_mask"), loss_agg=c.loss_agg, denominator=denominator,
-                max_length=c.max_response_length,
+                clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
+                rollout_logprobs=batch["rollout_logprobs"], tis_cap=config.tis_cap,
+                ref_logprobs=batch.get("ref_logprobs"), kl_coef=config.kl_coef,
+                kl_mask=batch.get("kl_mask"), loss_agg=config.loss_agg, denominator=denominator,
+                max_length=config.max_response_length,
             )
             # FSDP and DDP average over ranks; we want the sum
             scaler.scale(loss * world_size()).backward()
             accumulate(sums, stats | dict(loss=loss.detach(), tokens=batch["loss_mask"].sum()))
         if sums:  # else there is nothing to learn from here, on any rank
             scaler.unscale_(optimizer)
-            norm = clip_gradients(policy, c.max_grad_norm)
+            norm = clip_gradients(policy, config.max_grad_norm)
             history.append(reduce_over_ranks(sums | dict(max_grad_norm=norm)))
             step_or_skip(optimizer, scaler, history[-1]["max_grad_norm"])
     return diagnose(history, len(mini_batches))
@@ -384,13 +387,13 @@ def clip_gradients(policy, max_norm: float) -> torch.Tensor:
 def step_or_skip(optimizer, scaler: torch.amp.GradScaler, norm: float) -> None:
     """Take the step if the gradient is finite; the norm is global, so all ranks agree. Raises
     UsageError after ten in a row that are not, if no smaller loss scale (fp16) can help."""
-    group = optimizer.param_groups[0]  # saved with the optimiser's state
+    state = optimizer.param_groups[0]  # is saved
     if math.isfinite(norm):
         scaler.step(optimizer)
-        group["skipped"] = 0
+        state["skipped"] = 0
     else:
-        group["skipped"] += 1
-        if group["skipped"] >= 10 and scaler.get_scale() <= 1:
+        state["skipped"] += 1
+        if state["skipped"] >= 10 and scaler.get_scale() <= 1:
             raise UsageError("ten gradients in a row were not finite: the weights may be damaged. "
                              "Go back to a checkpoint, with a lower --lr or --max_grad_norm")
     scaler.update()
@@ -441,28 +444,27 @@ def sample_groups(engine, tokenizer, judge, sampler, config: Config, seconds: di
     that is used, so the rest come again in the next step: choosing those that end first would
     favour short answers.
     """
-    c, live, drawn = config, [], []
+    live, drawn, wanted = [], [], config.prompts_per_step
     share = sampler.dead_share or 0.0  # nothing is known before the first step
-    for attempt in range(1 + (c.max_refills if c.dynamic_sampling else 0)):
-        missing = c.prompts_per_step - len(live)
-        most = (1 + c.max_refills) * c.prompts_per_step - len(drawn)
+    for attempt in range(1 + (config.max_refills if config.dynamic_sampling else 0)):
+        missing = wanted - len(live)
+        most = (1 + config.max_refills) * wanted - len(drawn)
         if missing <= 0 or most <= 0:
             break
         draws = sampler.next(min(draws_for(missing, share), most))
-        new = sample_draws(engine, tokenizer, judge, draws, c, seconds, attempt)
+        new = sample_draws(engine, tokenizer, judge, draws, config, seconds, attempt)
         for (draw, _), group in zip(draws, new, strict=True):
-            if is_live(group) or not c.dynamic_sampling:
+            if is_live(group) or not config.dynamic_sampling:
                 live.append((draw, group))
         drawn += new
         check_grades(new)
         share = 1 - len(live) / len(drawn)
-    before = share if sampler.dead_share is None else sampler.dead_share
-    sampler.dead_share = 0.8 * before + 0.2 * share  # it changes slowly, one step's is noisy
-    if len(live) >= c.prompts_per_step:
-        sampler.rewind(live[c.prompts_per_step - 1][0] + 1)
+    sampler.note_dead(share)
+    if len(live) >= wanted:
+        sampler.rewind(live[wanted - 1][0] + 1)
     if not any(map(is_live, drawn)):
         say(no_signal(drawn, config.reward))
-    return [group for _, group in live[: c.prompts_per_step]], drawn
+    return [group for _, group in live[:wanted]], drawn
 
 
 def draws_for(missing: int, dead_share: float) -> int:
@@ -539,36 +541,36 @@ def set_advantages(groups: list[list[Sample]], config: Config) -> None:
 def load_inputs(config: Config):
     """Return tokenizer, prompt sampler, held-out prompts and the judge that --reward names, or
     None; bad input is refused here. Rank 0 alone reads the data."""
-    c = config
     tokenizer, model_config = rollout.load_tokenizer(
-        c.model, c.max_prompt_length, c.max_response_length
-    )
-    check_model(c.model, model_config)
-    judge = rollout.judge_by_function(c.reward, c.grade_timeout) if c.reward else None
-    prompts, held_out = ranks.on_rank_0(lambda: read_prompts(c, tokenizer))
-    return tokenizer, rollout.PromptSampler(prompts, c.seed), held_out, judge
+        config.model, config.max_prompt_length, config.max_response_length)
+    check_model(config.model, model_config)
+    judge = None
+    if config.reward:
+        judge = rollout.judge_by_function(config.reward, config.grade_timeout)
+    prompts, held_out = ranks.on_rank_0(lambda: read_prompts(config, tokenizer))
+    return tokenizer, rollout.PromptSampler(prompts, config.seed), held_out, judge
 
 
 def build(config: Config, device: str, kernel: str, precision: torch.dtype | None):
     """Return policy, its inner model, the frozen reference (with KL only) and the optimiser. The
     weights are float32, computed with in `precision`."""
-    c = config
     say("loading the model")
-    head = dict(temperature=c.temperature, head_chunk=c.head_chunk, proxy_kappa=c.proxy_kappa,
-                autocast=precision if c.parallel == "ddp" else None)
-    model = load_model(c.model, kernel, c.gradient_checkpointing)
-    policy = distribute(Policy(model, **head), c.parallel, device, precision, c.shard_ranks)
+    shards, sharded = config.shard_ranks, config.parallel == "fsdp"
+    head = dict(temperature=config.temperature, head_chunk=config.head_chunk,
+                proxy_kappa=config.proxy_kappa, autocast=None if sharded else precision)
+    model = load_model(config.model, kernel, config.gradient_checkpointing)
+    policy = distribute(Policy(model, **head), config.parallel, device, precision, shards)
     reference = None
-    if c.kl_coef and not c.proxy_kappa:
-        reference = Policy(load_model(c.model, kernel).requires_grad_(False), **head)
-        if c.parallel == "fsdp":  # DDP refuses a model without gradients, and needs none
-            reference = distribute(reference, "fsdp", device, precision, c.shard_ranks)
+    if config.kl_coef and not config.proxy_kappa:
+        reference = Policy(load_model(config.model, kernel).requires_grad_(False), **head)
+        if sharded:  # DDP refuses a model without gradients, and needs none
+            reference = distribute(reference, "fsdp", device, precision, shards)
         reference = reference.to(device).float()
     if device != "cpu":
         card = torch.cuda.get_device_properties(0).total_memory
         say(check_memory(config, policy, reference, card))
-    optimizer = torch.optim.AdamW(policy.parameters(), c.lr, (0.9, c.adam_beta2),
-                                  weight_decay=c.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), config.lr, (0.9, config.adam_beta2),
+                                  weight_decay=config.weight_decay)
     optimizer.param_groups[0]["skipped"] = 0  # see step_or_skip
     return policy, model, reference, optimizer
 
@@ -599,20 +601,19 @@ def rho_at(step: int, config: Config) -> dict[str, float]:
 def set_lr(optimizer, step: int, config: Config) -> float:
     """Set and return the learning rate of a 0-based step: warm-up is linear."""
     lr = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = lr
     return lr
 
 
 def start_engine(config: Config, tokenizer, model, precision: torch.dtype | None,
                  prompts: list[Prompt], resumed: bool) -> rollout.Engine:
     """Return vLLM with the policy's weights; it answers the prompts to see that it can sleep."""
-    c = config
     say("starting vLLM")
     engine = rollout.Engine(
-        c.model, tokenizer, max_num_seqs=c.max_num_seqs, gpu_memory=c.gpu_memory, seed=c.seed,
-        max_model_len=c.max_prompt_length + c.max_response_length,
-        dtype=precision or torch.float32, template=c.template,
+        config.model, tokenizer, max_num_seqs=config.max_num_seqs, gpu_memory=config.gpu_memory,
+        max_model_len=config.max_prompt_length + config.max_response_length, seed=config.seed,
+        dtype=precision or torch.float32, template=config.template,
     )
     if resumed:
         engine.sync(full_weights(model, precision))

@@ -285,8 +285,8 @@ class OutputFolder:
             left = keep_records(self.path / "samples.jsonl")
         samples = {(r["benchmark"], r["seed"]): r for r in gather(left)}
         done: dict[str, dict] = {name: {} for name in prompts}
-        for name, group in prompts.items():
-            for prompt in group:
+        for name, asked in prompts.items():
+            for prompt in asked:
                 first = problem_seed(seed, prompt)
                 records = [samples.get((name, first + j)) for j in range(counts[name])]
                 if all(records):
@@ -384,7 +384,7 @@ def run(args: argparse.Namespace) -> None:
     args.weights = fingerprint(args.model)
     out = OutputFolder(args.out, vars(args))
     about = dict(device=init_distributed(), ranks=world_size(), **environment())
-    kinds = {prompt.problem.kind for group in prompts.values() for prompt in group}
+    kinds = {prompt.problem.kind for asked in prompts.values() for prompt in asked}
     if "code" in kinds:
         about["sandbox"] = verify.protections(args.unsafe_code)
         say(about["sandbox"])
@@ -395,7 +395,7 @@ def run(args: argparse.Namespace) -> None:
     say(f"{args.model}: {total} problems ({old} were finished before), {about['ranks']} rank(s)")
     engine = None
     if old < total:
-        longest = max(len(prompt.ids) for group in prompts.values() for prompt in group)
+        longest = max(len(prompt.ids) for asked in prompts.values() for prompt in asked)
         engine = rollout.Engine(
             args.model, tokenizer, seed=args.seed,
             max_model_len=min(config.max_position_embeddings, longest + args.max_response_length),

@@ -151,6 +151,11 @@ class PromptSampler:
     def restore(self, state: dict) -> None:
         self.cursor, self.dead_share = state.get("cursor", 0), state.get("dead_share")
 
+    def note_dead(self, share: float) -> None:
+        """Take in a step's share of dead prompts; slowly, for one step's is noisy."""
+        before = share if self.dead_share is None else self.dead_share
+        self.dead_share = 0.8 * before + 0.2 * share
+
     def rewind(self, draw: int) -> None:
         """Let `draw` be the next one, again: those from it on were not used."""
         self.cursor = draw

@@ -18,12 +18,12 @@ CELLS = ("low_prob", "high_prob", "low_entropy", "high_entropy")
 LOSS_AGGS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
 
-def opt(group: str, default, help: str, choices: tuple | None = None, *, free: bool = False,
+def opt(heading: str, default, help: str, choices: tuple | None = None, *, free: bool = False,
         low: float = 0, above: float = -inf, high: float = inf, below: float = inf):
     """Describe a knob: its heading in --help, default and help; the values it may have, by name or
     low <= value <= high and above < value < below; whether a resumed run may change it (free)."""
     return dataclasses.field(default=default, metadata=dict(
-        group=group, help=help, choices=choices, free=free, low=low, above=above, high=high,
+        heading=heading, help=help, choices=choices, free=free, low=low, above=above, high=high,
         below=below))
 
 
@@ -47,25 +47,21 @@ class Config:
     model: str = what("Qwen/Qwen3-8B-Base", "hub name or save_pretrained folder [P]")
     data: str = what("BytedTsinghua-SIA/DAPO-Math-17k", ".jsonl, .parquet, .csv or hub data [P]")
     kind: str = what("", "what all rows of --data are, else each row's own 'kind', or math", KINDS)
-    eval_data: str = what("math-ai/aime24,math-ai/aime25", "held-out data, comma separated [C]",
-                          free=True)
+    eval_data: str = what("math-ai/aime24,math-ai/aime25", "held-out, with commas [C]", free=True)
     eval_kind: str = what("", "what all rows of --eval_data are", KINDS, free=True)
-    unsafe_code: bool = what(False, "run programs also where they could change your files",
-                             free=True)
+    unsafe_code: bool = what(False, "run programs even if they could change your files", free=True)
     output_dir: str = what("", "run folder; off: runs/SETTING-PRESET-seedN-TIME", free=True)
     seed: int = what(0, "seed of sampling and shuffling")
     resume: str = what("", "auto: go on from the newest checkpoint in --output_dir, if any",
                        ("", "auto"), free=True)
-    resume_changed: bool = what(False, "resume with flags that change the method or the data",
-                                free=True)
+    resume_changed: bool = what(False, "resume with flags that change method or data", free=True)
     check: bool = what(False, "check flags, data and model without training", free=True)
 
     steps: int = batch(300, "training steps [P]", free=True)
     prompts_per_step: int = batch(512, "prompts a step, over all ranks [P]", low=1)
     group_size: int = batch(8, "responses per prompt [C]", low=2)  # they are compared
     mini_batches: int = batch(16, "optimiser updates a step [C]", low=1)
-    micro_batch_tokens: int = batch(16384, "tokens packed into one forward/backward on a rank",
-                                    low=1, free=True)
+    micro_batch_tokens: int = batch(16384, "tokens of a forward, on a rank", low=1, free=True)
     dynamic_sampling: bool = batch(True, "drop all-correct and all-wrong groups, refill [DAPO]")
     max_refills: int = batch(3, "a step draws at most 1 + N times its prompts, in 1 + N rounds")
 
@@ -73,11 +69,9 @@ class Config:
                              "with {problem}")
     max_prompt_length: int = rollouts(1024, "tokens; longer prompts are dropped [C]", low=1)
     max_response_length: int = rollouts(8192, "tokens [C]", low=1)
-    temperature: float = rollouts(1.0, "sampling temperature, also of the trainer's log-probs [C]",
-                                  above=0)
+    temperature: float = rollouts(1.0, "of sampling, and of the trainer's log-probs [C]", above=0)
     max_num_seqs: int = rollouts(256, "responses decoded at once by one engine", low=1, free=True)
-    gpu_memory: float = rollouts(0.6, "share of GPU memory for vLLM while the trainer is idle",
-                                 above=0, high=1, free=True)
+    gpu_memory: float = rollouts(0.6, "share of a GPU for vLLM", above=0, high=1, free=True)
 
     reward: str = adv("", "module:function(response, problem) instead of the built-in graders")
     advantage: str = adv("group", "group: GRPO's; raw: +1 / -1 (2506.01347)", ("group", "raw"))
@@ -89,8 +83,7 @@ class Config:
     rho_negative: float = adv(2.0, "initial weight of the chosen tokens of incorrect ones [R]")
     positive_cell: str = adv("low_prob", "tokens chosen in correct responses [P]", CELLS)
     negative_cell: str = adv("high_prob", "tokens chosen in incorrect responses [P]", CELLS)
-    token_fraction: float = adv(0.2, "share of a response's tokens that are chosen [C, R]",
-                                above=0, high=1)
+    token_fraction: float = adv(0.2, "share of a response's tokens chosen [C, R]", above=0, high=1)
     decay: str = adv("linear", "how rho falls to 1 [P: it decays; O: the form]",
                      ("linear", "exp", "none"))
     decay_rate: float = adv(0.005, "alpha, per step [P]")
@@ -100,10 +93,8 @@ class Config:
     dual_clip: float = loss(0.0, "bound on ratio * |A| for A < 0; 0 = off (verl uses 3)")
     loss_agg: str = loss("token-mean", "how token losses are averaged [DAPO]", LOSS_AGGS)
     kl_coef: float = loss(0.0, "weight of the k3 KL to the initial model, or to Lp-Reg's proxy")
-    proxy_kappa: float = loss(0.0, "Lp-Reg (2510.03222): proxy keeps tokens with p > kappa * max p",
-                              below=1)
-    proxy_delta: float = loss(0.01, "Lp-Reg: acts on the batch's tokens of lowest p, this share",
-                              above=0, high=1)
+    proxy_kappa: float = loss(0.0, "Lp-Reg (2510.03222): proxy keeps p > kappa * max p", below=1)
+    proxy_delta: float = loss(0.01, "Lp-Reg: share of the batch, of lowest p", above=0, high=1)
     entropy_fraction: float = loss(1.0, "share of the batch's tokens, those of highest entropy, "
                                    "that have a loss (2506.01939)", above=0, high=1)
     tis_cap: float = loss(2.0, "cap of the vLLM -> trainer importance weight, 0 = off [O]")
@@ -118,8 +109,7 @@ class Config:
     shard_ranks: int = device(0, "ranks that share one copy of the states under fsdp, 0 = all")
     precision: str = device("auto", "auto: bf16 on a GPU, fp32 on a CPU; fp16 has a smaller "
                             "mismatch (2510.26788)", ("auto", "bf16", "fp16", "fp32"))
-    gradient_checkpointing: bool = device(True, "recompute activations in the backward pass",
-                                          free=True)
+    gradient_checkpointing: bool = device(True, "recompute activations in the backward", free=True)
     head_chunk: int = device(1024, "tokens whose logits exist at one time", low=1, free=True)
 
     eval_every: int = log(20, "steps between evaluations, 0 = only before and after")
@@ -216,9 +206,9 @@ def parse_args(argv: list[str] | None = None) -> Config:
         epilog="presets:\n" + "\n".join(f"  {k:15}{text}" for k, (text, _) in PRESETS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter, **flags,
     )
-    groups = {f.metadata["group"]: None for f in dataclasses.fields(Config)}
-    for name in groups:
-        groups[name] = parser.add_argument_group(name)
+    headings = {f.metadata["heading"]: None for f in dataclasses.fields(Config)}
+    for name in headings:
+        headings[name] = parser.add_argument_group(name)
     for f in dataclasses.fields(Config):
         value, choices = getattr(base, f.name), f.metadata["choices"]
         text = f"{f.metadata['help']} (default: {'off' if value == '' else value})"
@@ -229,7 +219,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
             kind = dict(choices=choices, metavar="|".join(filter(None, choices)))
         elif f.name == "preset":
             kind = dict(choices=PRESETS, metavar="NAME")
-        groups[f.metadata["group"]].add_argument(
+        headings[f.metadata["heading"]].add_argument(
             f"--{f.name}", help=text.replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
     return dataclasses.replace(base, **given | dict(setting=base.setting))

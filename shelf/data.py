@@ -196,18 +196,18 @@ def name_apart(problems: list[Problem]) -> list[Problem]:
 
 def read_prompts(config: Config, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
     """Return the prompts to train on, and the held-out ones."""
-    c = config
-    problems = load_problems(c.data, kind=c.kind, needs_answer=not c.reward)
-    prompts = encode_prompts(problems, tokenizer, c.template, c.max_prompt_length)
+    form = (tokenizer, config.template, config.max_prompt_length)
+    problems = load_problems(config.data, kind=config.kind, needs_answer=not config.reward)
+    prompts = encode_prompts(problems, *form)
     held_out, problems = [], []
-    for source in filter(None, c.eval_data.split(",")):
-        problems += load_problems(source.strip(), "test", kind=c.eval_kind)
+    for source in filter(None, config.eval_data.split(",")):
+        problems += load_problems(source.strip(), "test", kind=config.eval_kind)
     if problems := name_apart(problems):
-        held_out = encode_prompts(problems, tokenizer, c.template, c.max_prompt_length)
-    held_out = held_out[: c.eval_limit or None]
-    if c.reward and held_out:
+        held_out = encode_prompts(problems, *form)
+    held_out = held_out[: config.eval_limit or None]
+    if config.reward and held_out:
         say("held-out problems are judged by the built-in graders, not by --reward")
-    judged = held_out + ([] if c.reward else prompts)
+    judged = held_out + ([] if config.reward else prompts)
     if any(prompt.problem.kind == "code" for prompt in judged):
-        say(verify.protections(c.unsafe_code))
+        say(verify.protections(config.unsafe_code))
     return prompts, held_out

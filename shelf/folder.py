@@ -23,7 +23,7 @@ from pathlib import Path
 
 from rollout import Sample
 from shelf.config import FREE, Config
-from shelf.ranks import UsageError, gather, on_rank_0, rank, say
+from shelf.ranks import UsageError, gather, rank, say
 from shelf.report import Console, before_after, plot_runs
 from verify import read_jsonl
 
@@ -219,7 +219,9 @@ class RunFolder:
         """Make the folder. Where it holds a run, drop the lines of `start` and later steps: they
         will be written again. Raises UsageError where some ranks do not see it."""
         self.began = time.time()
-        on_rank_0(lambda: self.make(start))
+        if rank() == 0:
+            self.make(start)
+        gather([])  # rank 0 has made it
         all_see(self.path / "config.json")
 
     def make(self, start: int) -> None:

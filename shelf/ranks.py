@@ -62,7 +62,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def group():
+def distributed():
     """Return torch.distributed where there is a group of several ranks, else None."""
     import torch.distributed as dist
 
@@ -71,7 +71,7 @@ def group():
 
 def gather(items: list) -> list:
     """Return the lists of all ranks, one after the other, on every rank."""
-    dist = group()
+    dist = distributed()
     if dist is None:
         return items
     parts: list[list] = [[] for _ in range(world_size())]
@@ -81,7 +81,7 @@ def gather(items: list) -> list:
 
 def on_rank_0(make: Callable[[], Any]) -> Any:
     """Return on all ranks what rank 0 makes; a UsageError there is raised on all."""
-    dist, made = group(), [None]
+    dist, made = distributed(), [None]
     if rank() == 0 or dist is None:
         try:
             made = [make()]
@@ -112,7 +112,7 @@ def reduce_over_ranks(sums: dict) -> dict[str, float]:
     largest = [name for name in sums if name.startswith("max_")]
     names = largest + [name for name in sums if name not in largest]
     values = torch.stack([sums[name].double() for name in names])
-    if dist := group():
+    if dist := distributed():
         dist.all_reduce(values[: len(largest)], dist.ReduceOp.MAX)
         dist.all_reduce(values[len(largest) :], dist.ReduceOp.SUM)
     return dict(zip(names, values.tolist(), strict=True))
