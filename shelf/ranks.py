@@ -5,7 +5,6 @@ them; and the one exception that is for the user. All import this, so torch and 
 import atexit
 import contextlib
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -26,11 +25,8 @@ def init_distributed() -> str:
     import torch.distributed as dist
 
     if "RANK" not in os.environ:  # not under torchrun: set what it would have set
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any free one
     device = "cpu"
     if torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -226,18 +226,18 @@ class Echo:
 
     def generate(self, prompts, n, seeds, **_):
         for i in range(len(prompts) * n):
-            yield i, Sample(prompts[i // n], np.array([i]), np.zeros(1, np.float32), "stop")
+            yield i, Sample(None, np.array([i]), np.zeros(1, np.float32), "stop")
 
     def decode(self, ids, **_):
         return "\\boxed{0}"
 
 
 def test_tests_stay_on_their_rank(tmp_path, monkeypatch):
-    """Every rank has the prompts: what is gathered is without them, and gets them back."""
+    """Every rank has the prompts: what is gathered is without them, and gets them afterwards."""
     tests = dict(public_test_cases=TESTS, private_test_cases="x" * 10**6)
     prompts = [Prompt(Problem(str(i), f"p{i}", tests, "code"), [i]) for i in range(4)]
     sizes, config = [], a3po.Config(group_size=2, prompts_per_step=4, dynamic_sampling=False)
-    monkeypatch.setattr(a3po, "gather", lambda x: sizes.append(len(pickle.dumps(x))) or x)
+    monkeypatch.setattr(a3po.ranks, "gather", lambda x: sizes.append(len(pickle.dumps(x))) or x)
     sampler = rollout.PromptSampler(prompts, 0)
     with verify.Graders(workers=1) as graders:
         judge = rollout.judge_by_rules(graders)
