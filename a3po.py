@@ -514,8 +514,9 @@ def check_grades(groups: list[list[Sample]]) -> None:
                          f"{failed[0].detail}. Has this machine no memory or processes left?")
 
 
-def rewards_of(samples: list[Sample], config: Config) -> torch.Tensor:
-    """Return the samples' rewards with the overlong penalty: (B,)."""
+def rewards_of(groups: list[list[Sample]], config: Config) -> torch.Tensor:
+    """Return the rewards of all samples in order, with the overlong penalty: (B,)."""
+    samples = list(chain(*groups))
     rewards = torch.tensor([sample.reward for sample in samples])
     if config.overlong_buffer:
         lengths = torch.tensor([len(sample.ids) for sample in samples])
@@ -529,7 +530,7 @@ def set_advantages(groups: list[list[Sample]], config: Config) -> None:
     if config.advantage == "raw":
         advantages = [1.0 if sample.grade.correct else -1.0 for sample in samples]
     else:
-        rewards = rewards_of(samples, config)
+        rewards = rewards_of(groups, config)
         advantages = group_advantages(rewards, config.group_size, config.norm_std).tolist()
     for sample, advantage in zip(samples, advantages, strict=True):
         sample.advantage = advantage
@@ -630,10 +631,8 @@ def train(config: Config, run: RunFolder) -> None:
     policy, model, reference, optimizer = build(config, device, kernel, precision)
     scaler = torch.amp.GradScaler(device.partition(":")[0], growth_interval=200,
                                   enabled=precision == torch.float16)
-    dtype = precision or torch.float32
-    checkpoints = Checkpoints(run.checkpoints, policy, model, optimizer, tokenizer, dtype,
-                              config.keep_checkpoints)
-    checkpoints.announce()
+    checkpoints = Checkpoints(run.checkpoints, policy, model, optimizer, tokenizer,
+                              precision or torch.float32, config.keep_checkpoints)
     start, state = checkpoints.resume() if config.resume else (0, {})
     sampler.restore(state)
     if state.get("loss_scale"):
@@ -671,13 +670,12 @@ def train(config: Config, run: RunFolder) -> None:
             with timed(seconds, "sync"):
                 engine.sync(full_weights(model, precision))
 
-            rewards = rewards_of(list(chain(*drawn)), config)
-            metrics = rollout_metrics(drawn, rewards, config.prompts_per_step)
-            metrics = dict(step=step) | metrics | token_metrics(mini_batches) | diagnostics
+            sampled = rollout_metrics(drawn, rewards_of(drawn, config), config.prompts_per_step)
+            metrics = dict(step=step) | sampled | token_metrics(mini_batches) | diagnostics
             run.log_step(metrics | seconds | rho | dict(lr=lr))
             run.log_rollouts(step, drawn)
             run.log_tokens(step, groups, mini_batches, tokenizer)
-            check_agreement(metrics, dtype)
+            check_agreement(metrics, precision)
             stop = run.asked_to_stop()
             if stop or is_due(step + 1, config.save_every, config.steps):
                 checkpoints.save(step + 1, sampler.state() | dict(loss_scale=scaler.state_dict()))

@@ -35,6 +35,7 @@ class Checkpoints:
         self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
         parameters = sum(parameter.numel() for parameter in model.parameters())
         self.weights_bytes, self.resume_bytes = parameters * dtype.itemsize, parameters * 12
+        self.announce()
 
     def announce(self) -> None:
         """Say what a checkpoint takes, if that is much or more than there is."""

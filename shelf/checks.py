@@ -19,8 +19,9 @@ FAMILIES = dict(
 CONTEXT = 5 << 30  # bytes, calculated: CUDA's context, NCCL's buffers, what a sleeping vLLM keeps
 SAME_ANSWER = 0.05  # nats; 16 bits and another batch move a log-prob by less
 SAME_POLICY = 1e-3  # |ratio - 1| without an update in between; usual is 0
-# Of |log p in vLLM - log p in the trainer|, a step's mean, in nats; usual are 1e-6 and 1e-2
-SAME_MODEL = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
+# Of |log p in vLLM - log p in the trainer|, a step's mean, in nats, by the 16 bits computed in
+# (None: float32); usual are 1e-2 and 1e-6
+SAME_MODEL = {None: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
 
 
 def check_model(name: str, config) -> None:
@@ -87,15 +88,16 @@ def check_sleep(engine: Engine, model: nn.Module, dtype: torch.dtype | None,
                              "mode or the sync is broken with this model")
 
 
-def check_agreement(metrics: dict, dtype: torch.dtype) -> None:
+def check_agreement(metrics: dict, precision: torch.dtype | None) -> None:
     """End a run in which vLLM and the trainer are not the same model, whatever the reason, or in
-    which the policy does not repeat itself. metrics: of a step, the same on all ranks."""
+    which the policy does not repeat itself. metrics: of a step, the same on all ranks; precision:
+    see precision_of."""
     mismatch, moved = metrics["mismatch_mean"], metrics["ratio_max_deviation"]
-    if mismatch is not None and not mismatch <= SAME_MODEL[dtype]:
+    if mismatch is not None and not mismatch <= SAME_MODEL[precision]:
         raise UsageError(
             f"vLLM and the trainer disagree about the same tokens: mismatch_mean {mismatch:.2g}"
-            f" where {SAME_MODEL[dtype]:g} is the limit. Causes: a model whose logits are scaled, "
-            "or whose attention has a window; a weight that does not reach vLLM; see README")
+            f" where {SAME_MODEL[precision]:g} is the limit. Causes: a model whose logits are "
+            "scaled, or whose attention has a window; a weight that does not reach vLLM")
     if moved is not None and not moved <= SAME_POLICY:
         raise UsageError(
             f"the trainer does not repeat itself: ratio_max_deviation {moved:.2g} without an "

@@ -203,7 +203,7 @@ def sample(kind: str, correct: bool) -> Sample:
 
 
 def described(groups: list[list[Sample]]) -> dict:
-    return rollout_metrics(groups, a3po.rewards_of(sum(groups, []), a3po.Config()), 1)
+    return rollout_metrics(groups, a3po.rewards_of(groups, a3po.Config()), 1)
 
 
 def test_accuracy_and_reward_by_kind_where_there_are_several():

@@ -7,7 +7,6 @@ from concurrent.futures import Future
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, make_model, run
 
 import rollout
@@ -341,7 +340,7 @@ def test_engine_follows_the_trainer(engine_reports, head):
     assert report["stopped"] > 0 and report["all_stops_end_with_eos"]
     assert report["greedy_agrees"]
     # of a sync that fails in any of four ways the step's metrics tell
-    assert min(report["broken"].values()) > checks.SAME_MODEL[torch.float32]
+    assert min(report["broken"].values()) > checks.SAME_MODEL[None]
 
 
 @pytest.mark.parametrize("template, stops", [
