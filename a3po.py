@@ -569,16 +569,15 @@ def build(config: Config, device: str, kernel: str, precision: torch.dtype | Non
         reference = reference.to(device).float()
     if device != "cpu":
         card = torch.cuda.get_device_properties(0).total_memory
-        say(check_memory(config, policy, reference, card))
+        say(check_memory(policy, reference, config.gpu_memory, card))
     optimizer = torch.optim.AdamW(policy.parameters(), config.lr, (0.9, config.adam_beta2),
                                   weight_decay=config.weight_decay)
     optimizer.param_groups[0]["skipped"] = 0  # see step_or_skip
     return policy, model, reference, optimizer
 
 
-def precision_of(config: Config, device: str) -> torch.dtype | None:
+def precision_of(name: str, device: str) -> torch.dtype | None:
     """Return the 16 bits in which --precision computes, None for float32."""
-    name = config.precision
     if name == "auto":
         name = "fp32" if device == "cpu" else "bf16"
     if name == "fp32" and device != "cpu":
@@ -599,9 +598,9 @@ def rho_at(step: int, config: Config) -> dict[str, float]:
                 rho_negative=decayed_rho(config.rho_negative, *when))
 
 
-def set_lr(optimizer, step: int, config: Config) -> float:
+def set_lr(optimizer, lr: float, step: int, warmup_steps: int) -> float:
     """Set and return the learning rate of a 0-based step: warm-up is linear."""
-    lr = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    lr *= min(1.0, (step + 1) / max(warmup_steps, 1))
     for parameters in optimizer.param_groups:
         parameters["lr"] = lr
     return lr
@@ -627,7 +626,8 @@ def train(config: Config, run: RunFolder) -> None:
     device = ranks.init_distributed()  # before anything can fail on one rank alone
     run.agree()
     tokenizer, sampler, held_out, judge = load_inputs(config)
-    kernel, precision = "grids" if device == "cpu" else "varlen", precision_of(config, device)
+    kernel = "grids" if device == "cpu" else "varlen"
+    precision = precision_of(config.precision, device)
     policy, model, reference, optimizer = build(config, device, kernel, precision)
     scaler = torch.amp.GradScaler(device.partition(":")[0], growth_interval=200,
                                   enabled=precision == torch.float16)
@@ -635,8 +635,7 @@ def train(config: Config, run: RunFolder) -> None:
                               precision or torch.float32, config.keep_checkpoints)
     start, state = checkpoints.resume() if config.resume else (0, {})
     sampler.restore(state)
-    if state.get("loss_scale"):
-        scaler.load_state_dict(state["loss_scale"])
+    scaler.load_state_dict(state.get("loss_scale") or scaler.state_dict())
     engine = start_engine(config, tokenizer, model, precision, sampler.prompts[:4], start > 0)
     run.open(start)
 
@@ -664,12 +663,12 @@ def train(config: Config, run: RunFolder) -> None:
                 mask_by_the_whole_batch(mini_batches, config)
             # Update: one optimiser step per mini-batch, with A3PO's weights of this step
             with timed(seconds, "update"):
-                rho, lr = rho_at(step, config), set_lr(optimizer, step, config)
+                rho = rho_at(step, config)
+                lr = set_lr(optimizer, config.lr, step, config.warmup_steps)
                 diagnostics = update(policy, optimizer, mini_batches, config, rho, scaler)
             # Sync: vLLM samples the next step from the new policy
             with timed(seconds, "sync"):
                 engine.sync(full_weights(model, precision))
-
             sampled = rollout_metrics(drawn, rewards_of(drawn, config), config.prompts_per_step)
             metrics = dict(step=step) | sampled | token_metrics(mini_batches) | diagnostics
             run.log_step(metrics | seconds | rho | dict(lr=lr))

@@ -7,7 +7,6 @@ from torch import nn
 
 from model import full_weights
 from rollout import Engine, Prompt
-from shelf.config import Config
 from shelf.ranks import UsageError, say
 
 # Families of which a tiny model is trained in tests/test_models.py, by config.model_type
@@ -45,9 +44,10 @@ def check_model(name: str, config) -> None:
             "that vLLM and the trainer agree about it")
 
 
-def check_memory(config: Config, policy: nn.Module, reference: nn.Module | None, card: int) -> str:
-    """Return a line that says how a run fits into GPUs of `card` bytes, by arithmetic from the
-    parameters that this rank holds. Raises UsageError if it cannot fit."""
+def check_memory(policy: nn.Module, reference: nn.Module | None, gpu_memory: float,
+                 card: int) -> str:
+    """Return a line that says how a run fits into GPUs of `card` bytes, vLLM's share of which is
+    gpu_memory, by arithmetic from the parameters that this rank holds; UsageError if it cannot."""
     held = 12 * local_parameters(policy) + 4 * local_parameters(reference)  # weights, Adam
     update = held + 4 * local_parameters(policy) + CONTEXT  # gradients; activations come on top
     most = 1 - (held + CONTEXT) / card
@@ -55,9 +55,9 @@ def check_memory(config: Config, policy: nn.Module, reference: nn.Module | None,
     if update > card:
         raise UsageError(f"it does not fit: {states} of a GPU's {card / 2**30:.0f}, and CUDA needs "
                          "about 5: take more GPUs (--parallel fsdp) or a smaller model")
-    if config.gpu_memory > most:
+    if gpu_memory > most:
         raise UsageError(f"it does not fit: {states} of a GPU's {card / 2**30:.0f}: lower "
-                         f"--gpu_memory {config.gpu_memory} to at most {max(most, 0):.2f}")
+                         f"--gpu_memory {gpu_memory} to at most {max(most, 0):.2f}")
     return f"{states} of a GPU's {card / 2**30:.0f}; --gpu_memory could be {most:.2f} (--dry_run)"
 
 

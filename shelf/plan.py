@@ -55,7 +55,7 @@ def measure(argv: list[str]) -> dict:
     except (OSError, ValueError):
         sys.exit(f"error: model {config.model!r} has no config.json that can be read")
     a3po.check_model(config.model, about)
-    precision = a3po.precision_of(config, "cuda")
+    precision = a3po.precision_of(config.precision, "cuda")
     pretend(about, precision)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         policy, inner, reference, optimizer = a3po.build(config, "cpu", "varlen", precision)

@@ -377,16 +377,15 @@ def test_what_cannot_fit_into_a_gpu_is_refused_by_arithmetic():
     GIB, model = 2**30, torch.nn.Linear(1000, 1000, bias=False)
     policy = torch.nn.Sequential(model, torch.nn.Linear(1000, 1000))
     held = 16 * 2_001_000
-    config = a3po.Config(gpu_memory=0.6)
-    said = checks.check_memory(config, policy, None, 80 * GIB)
+    said = checks.check_memory(policy, None, 0.6, 80 * GIB)
     assert said == ("weights, Adam and gradients take 0.0 GiB of a GPU's 80; --gpu_memory could be "
                     "0.94 (--dry_run)")
     with pytest.raises(UsageError, match="does not fit: .* take more GPUs"):
-        checks.check_memory(config, policy, None, 5 * GIB + held - 1)
+        checks.check_memory(policy, None, 0.6, 5 * GIB + held - 1)
     with pytest.raises(UsageError, match="take more GPUs"):  # a reference is held too
-        checks.check_memory(config, policy, policy, 5 * GIB + held + 4 * 2_001_000 - 1)
+        checks.check_memory(policy, policy, 0.6, 5 * GIB + held + 4 * 2_001_000 - 1)
     with pytest.raises(UsageError, match=r"lower --gpu_memory 0.6 to at most 0.37$"):
-        checks.check_memory(config, policy, None, 8 * GIB)
+        checks.check_memory(policy, None, 0.6, 8 * GIB)
 
     class Shard(torch.nn.Parameter):
         def to_local(self):
