@@ -26,6 +26,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache, partial
@@ -57,8 +58,7 @@ class _NeedsSympy(Exception):
     """Raised in the caller, with the extracted answer, where only a worker can decide."""
 
 
-# ---- input --------------------------------------------------------------------------------------
-# The project's one reader of JSON lines.
+# ---- input: the project's one reader of JSON lines -----------------------------------------------
 
 
 def read_jsonl(path: str, skip_broken: bool = False) -> Iterator[tuple[str, dict]]:
@@ -70,10 +70,9 @@ def read_jsonl(path: str, skip_broken: bool = False) -> Iterator[tuple[str, dict
     try:
         with open(path, encoding="utf-8-sig", errors=errors, newline="\n") as file:
             for number, line in enumerate(file, 1):
-                where = f"{path}:{number}"
-                row = _parse_row(line, where, skip_broken) if line.strip() else None
+                row = _parse_row(line, f"{path}:{number}", skip_broken) if line.strip() else None
                 if row is not None:
-                    yield where, row
+                    yield f"{path}:{number}", row
     except (OSError, UnicodeDecodeError) as why:
         raise UsageError(f"{path}: cannot be read: {why}") from None
 
@@ -91,14 +90,11 @@ def _parse_row(line: str, where: str, skip_broken: bool) -> dict | None:
     return row
 
 
-# ---- extraction ---------------------------------------------------------------------------------
-# Which part of a response is the answer: linear in its length, and never a guess.
+# ---- extraction: which part of a response is the answer; linear in its length --------------------
 
 _BOX_TOKEN = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.S)
-_ANSWER_LINE = re.compile(
-    r"^[ \t>*_#-]*(?:(?:the|my|our)[ \t]+)?(?:(?:final|correct|best)[ \t]+)?answer[ \t*_]*:(.*)$",
-    re.I | re.M,
-)
+_ANSWER_LINE = re.compile(r"^[ \t>*_#-]*(?:(?:the|my|our)[ \t]+)?(?:(?:final|correct|best)[ \t]+)?"
+                          r"answer[ \t*_]*:(.*)$", re.I | re.M)
 _PROMPT_ECHO = re.compile(r"[\s*$\\\[(<{]*(?:LETTER|ANSWER)[\s*$\\\])>}.]*", re.I)
 
 
@@ -112,30 +108,28 @@ def extract_answer(text: str | None) -> str | None:
     r"""Return the content of the last complete \boxed{} or \fbox{}, or of the last "Answer: ..."
     line, whichever comes later, after the last </think>; None if there is neither. Linear time."""
     text = _after_thinking(text)
-    start, answer, open_braces = -1, None, []
-    first = min((i for i in map(text.find, ("\\boxed", "\\fbox")) if i >= 0), default=len(text))
+    start, answer, open_braces = -1, "", []
+    first = min(i for i in (text.find("\\boxed"), text.find("\\fbox"), len(text)) if i >= 0)
     while text[first - 1 : first] == "\\":  # an escaped backslash is no opener
         first -= 1
     for token in _BOX_TOKEN.finditer(text, first):
-        if token[0] == "}":
-            box = open_braces.pop() if open_braces else None
-            if box is not None:
-                start, answer = box[0], text[box[1] : token.start()]
-        elif token[0] == "{":
-            open_braces.append(None)
-        elif token[0].endswith("{") and len(token[0]) > 2:
-            open_braces.append((token.start(), token.end()))
+        if token[0].endswith("{") and token[0] != "\\{":
+            open_braces.append(token)
+        elif token[0] == "}" and open_braces:
+            opener = open_braces.pop()
+            if opener[0] != "{":  # of a box
+                start, answer = opener.start(), text[opener.end() : token.start()]
     for line in _ANSWER_LINE.finditer(text):
         content = re.sub(r"\*\*|__|`", "", line[1]).strip()
         boxed = "\\boxed" in content or "\\fbox" in content
         if line.start() > start and content and not boxed and not _PROMPT_ECHO.fullmatch(content):
             answer = content
-    return answer.strip() or None if answer is not None else None
+    return answer.strip() or None
 
 
 def extract_code(text: str | None) -> str | None:
     """Return the last complete fenced block after the last </think>, without its common indent."""
-    block, code, fence = [], None, ""
+    block, code, fence = [], "", ""
     for line in _after_thinking(text).split("\n"):
         mark = re.match(r"[ \t]*(`{3,}|~{3,})([^`]*)$", line)
         if mark and (not fence or mark[2].strip()):  # a new opening also ends an unclosed block
@@ -144,11 +138,10 @@ def extract_code(text: str | None) -> str | None:
             code, fence = "\n".join(block), ""
         elif fence:
             block.append(line[min(indent, len(line) - len(line.lstrip(" \t"))) :])
-    return code if code and code.strip() else None
+    return code if code.strip() else None
 
 
 # ---- choice -------------------------------------------------------------------------------------
-# One letter, in the caller: quick and safe.
 
 
 def grade_choice(extracted: str, reference: Any, n_choices: int = 4) -> Grade:
@@ -169,8 +162,7 @@ def grade_choice(extracted: str, reference: Any, n_choices: int = 4) -> Grade:
     return Grade(named == {gold}, *named)
 
 
-# ---- math ---------------------------------------------------------------------------------------
-# Numbers in the caller, all else in a worker, for sympy may never return (shelf/answers.py).
+# ---- math: numbers in the caller, all else in a worker, for sympy may never return ---------------
 
 
 def grade_number(extracted: str, reference: str) -> Grade | None:
@@ -189,8 +181,7 @@ def grade_math(extracted: str, reference: str) -> Grade:
         return Grade(False, extracted, detail=str(why))
 
 
-# ---- code: tests and their comparison, in the worker --------------------------------------------
-# A row's tests are decoded without trusting them; outputs are compared where no program runs.
+# ---- code: tests, decoded without trusting them; outputs, compared where no program runs ---------
 
 
 class _NoGlobals(pickle.Unpickler):
@@ -215,8 +206,8 @@ def _decode(text: str) -> Any:
 def read_tests(row: Any) -> tuple[list[dict], str | None]:
     """Return a LiveCodeBench row's public and private tests, checked, and metadata.func_name."""
     try:
-        fields = [row.get(x) or "[]" for x in ("public_test_cases", "private_test_cases")]
-        fields.append(row.get("metadata") or "{}")
+        empty = dict(public_test_cases="[]", private_test_cases="[]", metadata="{}")
+        fields = [row.get(name) or value for name, value in empty.items()]
         public, private, metadata = (_decode(x) if isinstance(x, str) else x for x in fields)
         tests = [dict(test) for test in public + private]
         func_name = metadata.get("func_name")
@@ -271,29 +262,25 @@ def _same_value(got: Any, want: Any) -> bool:
     return got == want and isinstance(got, bool) == isinstance(want, bool)
 
 
-def grade_code(
-    code: str, row: Any, time_limit: float, sandbox: Sandbox, alive: Callable[[], Any]
-) -> Grade:
+def grade_code(code: str, row: Any, time_limit: float, sandbox: Sandbox, alive: Callable) -> Grade:
     """Run all tests, stopping at the first that fails. time_limit: seconds of wall time per test.
-    The sandbox gets the code and the input; outputs are compared here. Unlike in LiveCodeBench's
-    harness programs are real processes: all ways to read stdin work, a non-zero exit fails. Results
-    of functions compare as JSON with its types, not by ==, so 1 is not true (but is 1.0)."""
+    Unlike in LiveCodeBench's harness programs are real processes: all ways to read stdin work, a
+    non-zero exit fails; results of functions compare as JSON with its types, not by ==."""
     tests, func_name = read_tests(row)
     for index, test in enumerate(tests, 1):
         alive()
-        functional = test["testtype"] == "functional"
-        function = func_name if functional else None
+        function = func_name if test["testtype"] == "functional" else None
+        same = _same_json if function else same_output
         status, output = sandbox.run(code, test["input"], function, time_limit)
         if status != "ok":
             verdict = status if status in ("timeout", "error") else "ok"
             return Grade(False, code, verdict, f"test {index} of {len(tests)}: {output}"[:200])
-        if not (_same_json if functional else same_output)(output, test["output"]):
+        if not same(output, test["output"]):
             return Grade(False, code, "ok", f"test {index} of {len(tests)}: wrong output")
     return Grade(True, code)
 
 
-# ---- a worker -----------------------------------------------------------------------------------
-# The process that may hang or die instead of the caller.
+# ---- a worker: the process that may hang or die instead of the caller ----------------------------
 
 
 def _verdict(grader: Callable[..., Grade], extracted: str, *more: Any) -> Grade:
@@ -323,18 +310,17 @@ def worker_main() -> None:
                 grade = _verdict(grade_math, extracted, reference)
             else:
                 grade = _verdict(grade_code, extracted, reference, time_limit, sandbox, alive)
-            reply = (grade.correct, grade.status, grade.detail)
+            reply = dict(correct=grade.correct, status=grade.status, detail=grade.detail)
             os.write(replies, json.dumps(reply).encode() + b"\n")
 
 
-# ---- the pool -----------------------------------------------------------------------------------
-# Starts, asks and replaces workers; the interface for other programs.
+# ---- the pool: the interface for other programs --------------------------------------------------
 
 
-class Graders:
-    """A pool of persistent worker processes, started when first needed, one task each at a time;
-    a late worker is killed and replaced. `timeout`: seconds for a math answer or a code test (a
-    code row's time_limit wins). Thread-safe. `counts` holds how often each status occurred."""
+class Graders(AbstractContextManager):
+    """A pool of persistent worker processes, started when first needed. `timeout`: seconds for a
+    math answer or a code test (a code row's time_limit wins). Thread-safe. `counts` holds how often
+    each status occurred."""
 
     def __init__(self, workers: int | None = None, timeout: float = 10.0):
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -356,12 +342,10 @@ class Graders:
 
     def grade(self, items: Iterable[tuple], progress: bool = False) -> list[Grade]:
         """Grade (kind, response, reference[, options]) tuples, keeping their order."""
-        futures = [self.submit(*item[:3], **(item[3] if item[3:] else {})) for item in items]
-        if progress:
-            from tqdm import tqdm
+        futures = [self.submit(*item[:3], **dict(*item[3:])) for item in items]
+        from tqdm import tqdm  # late, for importing this file is light
 
-            futures = tqdm(futures, desc="grading")
-        return [future.result() for future in futures]
+        return [future.result() for future in tqdm(futures, "grading", disable=not progress)]
 
     def _quick(self, kind: str, response: str | None, reference: Any, options: dict) -> Grade:
         """Settle in this process what is safe and quick; raises _NeedsSympy(extracted) else."""
@@ -380,24 +364,21 @@ class Graders:
         raise _NeedsSympy(extracted)
 
     def _run(self, kind: str, extracted: str, reference: Any, options: dict) -> Grade:
-        time_limit, patience = options.get("time_limit", min(6.0, self.timeout)), self.timeout
-        if kind == "code":
-            patience += time_limit + 20
-        else:
-            reference = str(reference)
+        time_limit = options.get("time_limit", min(6.0, self.timeout))
+        patience = self.timeout + (time_limit + 20 if kind == "code" else 0)
+        task = (kind, extracted, reference if kind == "code" else str(reference), time_limit)
         worker = self._take_idle()
         try:
             if worker is None or worker.poll() is not None:
                 worker = Child([sys.executable, os.path.abspath(__file__), "--worker"])
-            task = (kind, extracted, reference, time_limit)
-            correct, status, detail = worker.ask(task, patience)
+            verdict = Grade(extracted=extracted, **worker.ask(task, patience))
             self._idle.append(worker)
-            return self._count(Grade(correct, extracted, status, detail))
         except Exception as why:
             if worker is not None:
                 worker.close()
             status = "timeout" if isinstance(why, TimeoutError) else "error"
-            return self._count(Grade(False, extracted, status, f"worker: {why}"[:200]))
+            verdict = Grade(False, extracted, status, f"worker: {why}"[:200])
+        return self._count(verdict)
 
     def _take_idle(self) -> Child | None:
         with self._lock:
@@ -416,9 +397,6 @@ class Graders:
         self._threads.shutdown(cancel_futures=True)  # workers die with the thread that started them
         while worker := self._take_idle():
             worker.close()
-
-    def __enter__(self) -> "Graders":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -442,15 +420,13 @@ def protections(unsafe_code: bool = True) -> str:
     UsageError where they do not keep it from the user's files, unless `unsafe_code`."""
     with Sandbox() as sandbox:
         if not (unsafe_code or sandbox.contained):
-            raise UsageError(
-                "programs could change your files here, for the sandbox has neither Landlock nor a "
-                "user id of its own: run as root in a container, or give --unsafe_code"
-            )
+            raise UsageError("programs could change your files here, for the sandbox has neither "
+                             "Landlock nor a user id of its own: run as root in a container, or "
+                             "give --unsafe_code")
         return f"sandbox: {sandbox.protections}"
 
 
 # ---- command line -------------------------------------------------------------------------------
-# Check all rows, then grade them in order.
 
 
 _FIELDS = {  # of a row: (is this value right?, what is expected)
@@ -466,51 +442,46 @@ _FIELDS = {  # of a row: (is this value right?, what is expected)
 _OPTIONS = ("n_choices", "time_limit")  # the fields that may be absent
 
 
-def _check_row(where: str, row: dict) -> dict:
-    """Return the row; raises UsageError at a field that is missing or of the wrong kind."""
-    unused = "answer" if row.get("kind") == "code" else "question"
-    for field, (is_right, expected) in _FIELDS.items():
-        if field not in row and field not in (unused, *_OPTIONS):
+def _read_row(where: str, row: dict) -> tuple:
+    """Return (id, kind, response, reference, options) of a row; raises UsageError at a field that
+    is missing or of the wrong kind."""
+    reference = "question" if row.get("kind") == "code" else "answer"
+    for field in ("id", "kind", "response", reference, *_OPTIONS):
+        is_right, expected = _FIELDS[field]
+        if field not in row and field not in _OPTIONS:
             raise UsageError(f"{where}: field {field!r}: missing")
-        if field in row and field != unused and not is_right(row[field]):
+        if field in row and not is_right(row[field]):
             got = repr(row[field])[:50]
             raise UsageError(f"{where}: field {field!r}: expected {expected}, not {got}")
-    return row
+    options = {field: row[field] for field in _OPTIONS if field in row}
+    return row["id"], row["kind"], row["response"], row[reference], options
 
 
 def main() -> None:
     """Grade the rows of the command line's file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="rows to grade, one JSON object a line")
     parser.add_argument("--workers", type=int, help="processes (default: one per core, at most 16)")
-    parser.add_argument(
-        "--timeout", type=float, default=10.0, help="seconds for a math answer, and for a code "
-        "test whose row has no time_limit (then 6 at most); default 10",
-    )  # fmt: skip
+    parser.add_argument("--timeout", type=float, default=10.0, help="seconds for a math answer, or "
+                        "for a code test without a time_limit (then 6 at most); default 10")
     args = parser.parse_args()
     if args.timeout <= 0 or (args.workers is not None and args.workers < 1):
         parser.error("--timeout and --workers must be positive")
     try:
-        rows = [_check_row(where, row) for where, row in read_jsonl(args.file)]
+        rows = [_read_row(where, row) for where, row in read_jsonl(args.file)]
     except UsageError as why:
         sys.exit(f"verify.py: {why}")
-    if any(row["kind"] == "code" for row in rows):
+    if any(kind == "code" for _, kind, *_ in rows):
         print(protections(), file=sys.stderr)
     started, correct = time.monotonic(), 0
     with Graders(args.workers, args.timeout) as graders:
-        futures = []
-        for row in rows:
-            options = {x: row[x] for x in _OPTIONS if x in row}
-            reference = row["question" if row["kind"] == "code" else "answer"]
-            futures.append(graders.submit(row["kind"], row["response"], reference, **options))
-        for row, future in zip(rows, futures, strict=True):
-            verdict = future.result()
-            correct += verdict.correct
-            fields = {"id": row["id"], **asdict(verdict)}
-            del fields["reward"]  # for reward functions only
-            print(json.dumps(fields), flush=True)
+        futures = [graders.submit(*task, **options) for _, *task, options in rows]
+        for (identity, *_), future in zip(rows, futures, strict=True):
+            verdict = asdict(future.result())
+            correct += verdict["correct"]
+            del verdict["reward"]  # for reward functions only
+            print(json.dumps({"id": identity} | verdict), flush=True)
         counts = ", ".join(f"{n} {status}" for status, n in graders.counts.most_common())
     seconds = time.monotonic() - started
     print(f"{correct} of {len(rows)} correct ({counts}) in {seconds:.1f} s", file=sys.stderr)

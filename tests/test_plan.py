@@ -17,19 +17,20 @@ FLAGS = ["--setting=paper", "--max_prompt_length=64", "--max_response_length=128
          "--micro_batch_tokens=512"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plan")
     return {name: make(name, folder / name) for name in ("qwen3", "qwen2")}
 
 
-@pytest.mark.parametrize("name, ranks, parallel", [
-    ("qwen3", 1, "fsdp"), ("qwen2", 8, "fsdp"), ("qwen3", 2, "ddp")])
-def test_states_are_sixteen_bytes_a_parameter(name, ranks, parallel, models):
-    """Over the ranks under fsdp, on each under ddp. The dtypes of attention and logits are asserted
-    on the way."""
-    flags = [f"--model={models[name]}", f"--parallel={parallel}"]
-    measured = plan.in_process(ranks, [*FLAGS, *flags])
+@pytest.fixture(scope="session")
+def measured(models):
+    """Return what two ranks need: the one measurement of the tests that are not slow."""
+    return plan.in_process(2, [*FLAGS, f"--model={models['qwen3']}"])
+
+
+def check_states(measured, ranks, parallel="fsdp"):
+    """Assert sixteen bytes a parameter, over the ranks under fsdp, on each under ddp."""
     share = measured["parameters"] / (ranks if parallel == "fsdp" else 1)
     for key, size in (("weights", 4), ("gradients", 4), ("Adam", 8)):
         assert measured["held"][key] == pytest.approx(size * share, rel=0.05), key  # padded
@@ -42,37 +43,52 @@ def test_states_are_sixteen_bytes_a_parameter(name, ranks, parallel, models):
     assert matrices < measured["update_flops"] < 4 * matrices
 
 
+def test_states_are_sixteen_bytes_a_parameter(measured):
+    check_states(measured, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, ranks, parallel", [
+    ("qwen3", 1, "fsdp"), ("qwen2", 8, "fsdp"), ("qwen3", 2, "ddp")])
+def test_states_of_other_ranks_and_models(name, ranks, parallel, models):
+    flags = [f"--model={models[name]}", f"--parallel={parallel}"]
+    check_states(plan.in_process(ranks, [*FLAGS, *flags]), ranks, parallel)
+
+
+@pytest.mark.slow
+def test_more_tokens_need_more_and_a_reference_too(measured, models):
+    more = ["--micro_batch_tokens=2048", "--preset=grpo"]
+    large = plan.in_process(2, [*FLAGS, f"--model={models['qwen3']}", *more])
+    assert large["held"]["activations"] > 2 * measured["held"]["activations"]
+    assert measured["held"]["reference"] == 0
+    assert large["held"]["reference"] == 2 * large["parameters"]
+
+
+@pytest.mark.slow
+def test_fp16_takes_what_bf16_takes(measured, models):
+    half = plan.in_process(2, [*FLAGS, f"--model={models['qwen3']}", "--precision=fp16"])
+    assert half["held"] == measured["held"] and half["peak"] == measured["peak"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("broken", ["query.dtype == key", "result.dtype == torch.float32"])
-def test_a_wrong_dtype_is_seen(broken, models, tmp_path, monkeypatch):
+def test_a_wrong_dtype_is_seen(broken, models, tmp_path):
     """fake kernels take what the real ones refuse."""
     wrong = {"query.dtype == key": ("to(value.dtype)", "to(torch.float16)"),
              "result.dtype == torch.float32": (", out_dtype=torch.float32", "")}[broken]
     for path in [*ROOT.glob("*.py"), *ROOT.glob("shelf/*.py")]:
         text = path.read_text()
+        assert path.stem != "model" or wrong[0] in text
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(exist_ok=True)
         copy.write_text(text.replace(*wrong) if path.stem == "model" else text)
-    monkeypatch.setattr(plan, "ROOT", tmp_path)
-    with pytest.raises(UsageError, match="AssertionError"):
-        plan.in_process(2, [*FLAGS, f"--model={models['qwen3']}"])
-
-
-def test_more_tokens_need_more_and_a_reference_too(models):
-    small, large = (plan.in_process(2, [*FLAGS, f"--model={models['qwen3']}", *more]) for more in (
-        (), ("--micro_batch_tokens=2048", "--preset=grpo")))
-    assert large["held"]["activations"] > 2 * small["held"]["activations"]
-    assert small["held"]["reference"] == 0
-    assert large["held"]["reference"] == 2 * large["parameters"]
-
-
-@pytest.fixture(scope="module")
-def measured(models):
-    return plan.in_process(2, [*FLAGS, f"--model={models['qwen3']}"])
+    done = dry_run(*FLAGS, f"--model={models['qwen3']}", folder=tmp_path)
+    assert done.returncode == 1 and "AssertionError: " in done.stderr.splitlines()[-1]
 
 
 def test_what_does_not_fit_is_refused_with_what_does(measured, monkeypatch):
-    """An 8B model on one GPU; then GPUs that hold the states but not the activations; then vLLM."""
+    """An 8B model on one GPU; then GPUs that hold the states but not the activations; then vLLM;
+    then what nothing helps."""
     gpu = 80 * plan.GIB
     small = copy.deepcopy(measured)
     monkeypatch.setattr(plan, "in_process", lambda ranks, argv: tried.append((ranks, argv)) or (
@@ -80,34 +96,69 @@ def test_what_does_not_fit_is_refused_with_what_does(measured, monkeypatch):
     x = copy.deepcopy(measured) | dict(parameters=8_000_000_000, peak=int(16 * 8e9))
     tried = []
     assert "takes 124.2 GiB a GPU; it fits with 4 GPUs" in plan.refusal(x, gpu, 1, FLAGS)
-    assert [ranks for ranks, _ in tried] == [4]
+    assert tried == [(4, FLAGS)]
     x |= dict(parameters=1_000_000_000, peak=int(90e9))
     why = plan.refusal(x, gpu, 2, FLAGS)
     assert "; it fits with --micro_batch_tokens 256 --head_chunk 512" in why
+    assert tried[1:] == [(2, [*FLAGS, "--micro_batch_tokens", "256", "--head_chunk", "512"])]
     x = copy.deepcopy(measured)
     x["setting"]["gpu_memory"] = 0.99
     assert "--gpu_memory 0.99 leaves no room" in (why := plan.refusal(x, gpu, 8, FLAGS))
     x["setting"]["gpu_memory"] = float(why.rpartition(" ")[2])
-    assert not plan.refusal(x, gpu, 8, FLAGS)
+    assert not plan.problem(x, gpu)
     x["setting"] |= dict(gpu_memory=0.21, max_response_length=10**9)
     assert "less than one response" in plan.problem(x, gpu)
+    assert plan.refusal(small, 1 << 30, 2, FLAGS).endswith("; nothing that was tried helps")
 
 
-def test_a_run_on_gpus_begins_with_it(measured, models, monkeypatch):
-    config = a3po.parse_args([*FLAGS, f"--model={models['qwen3']}"])
-    assert "it fits: an update takes 5.0 of 80 GiB a GPU" in plan.check_run(config, 80 << 30, 2)
-    measure, measured = plan.in_process, copy.deepcopy(measured)
-    monkeypatch.setattr(plan, "in_process", lambda *_: measured)
-    with pytest.raises(UsageError, match="does not fit: .*nothing that was tried helps"):
-        plan.check_run(config, 1 << 30, 2)
-    monkeypatch.setattr(plan, "in_process", measure)
-    monkeypatch.setattr(config, "model", "/nowhere")
-    assert "NOTE: what it needs could not be measured (model" in plan.check_run(config, 1, 2)
+def test_under_ddp_sharding_is_tried_first(measured, monkeypatch):
+    tried = []
+    monkeypatch.setattr(plan, "in_process", lambda ranks, argv: tried.append(argv) or measured)
+    x = copy.deepcopy(measured) | dict(peak=int(90e9))
+    x["setting"]["parallel"] = "ddp"
+    assert plan.refusal(x, 80 * plan.GIB, 2, FLAGS).endswith("it fits with --parallel fsdp")
+    assert tried == [[*FLAGS, "--parallel", "fsdp"]]
 
 
-def test_the_command(models):
-    command = [sys.executable, "a3po.py", "--dry_run", "--gpus=8", f"--model={models['qwen3']}"]
-    done = subprocess.run([*command, *FLAGS], cwd=ROOT, capture_output=True, text=True,
+def test_the_command_says_what_was_measured(measured, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "in_process", lambda ranks, argv: copy.deepcopy(measured))
+    a3po.main(["--dry_run", "--gpus=4", "--nodes=2"])
+    out = capsys.readouterr().out
+    assert "parameters on 8 GPUs" in out and "measured at 512 tokens:\n  weights" in out
+    assert "beside about 5 of CUDA" in out and out.endswith("\nit fits\n")
+    with pytest.raises(SystemExit) as ended:
+        a3po.main(["--dry_run", "--gpu_gb=1"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said == ("error: it does not fit: the update takes 5.0 GiB a GPU; nothing that was "
+                    "tried helps\n")
+
+
+def dry_run(*flags, folder=ROOT):
+    command = [sys.executable, "a3po.py", "--dry_run", *flags]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True,
                           env=os.environ | dict(COLUMNS="100"))
-    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags, says", [
+    (["--model=/nowhere"], "error: model '/nowhere' has no config.json that can be read"),
+    (["--precision=fp32"], "error: --precision fp32: the GPU's attention"),
+    (["--gpuz=2"], "error: unrecognized arguments: --gpuz=2")])
+def test_a_mistake_is_a_sentence(flags, says, models):
+    done = dry_run(*FLAGS, f"--model={models['qwen3']}", *flags)
+    assert done.returncode == 2 and done.stdout == ""
+    assert says in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_command(models):
+    done = dry_run("--gpus=8", f"--model={models['qwen3']}", *FLAGS)
+    assert done.returncode == 0 and done.stderr == "", done.stderr[-2000:]
     assert "parameters on 8 GPUs" in done.stdout and done.stdout.endswith("it fits\n")
+
+
+def test_what_a_measurement_refuses_is_an_error_here(models):
+    """and not a traceback of another process."""
+    with pytest.raises(UsageError, match="model '/nowhere' has no config.json"):
+        plan.in_process(2, [*FLAGS, "--model=/nowhere"])

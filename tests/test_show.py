@@ -68,7 +68,7 @@ def test_the_page_has_the_run(run_folder, capsys):
     assert data["curves"][0][0]["points"] == [[0, 0], [1, 0.25], [2, 0.5]]
     evaluation.main(["show", str(run_folder), "--step=1", f"--out={run_folder}/one.html"])
     assert [x["step"] for x in data_of(run_folder / "one.html")["responses"]] == [1]
-    assert "http" not in show.PAGE.replace("http://www.w3.org/${svg}", "")  # no network
+    assert "http" not in show.PAGE.read_text().replace("http://www.w3.org/${svg}", "")  # no network
 
 
 def test_a_token_outside_the_loss_weighs_nothing():
