@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 
 from shelf.folder import replace_file
+from shelf.metrics import describe
 from shelf.ranks import UsageError
-from shelf.report import describe
 from verify import read_jsonl
 
 CURVES = (("reward", "eval_accuracy"), ("entropy_positive", "entropy_negative", "entropy"),

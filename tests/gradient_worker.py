@@ -5,6 +5,7 @@ usage: gradient_worker.py OUT.pt JOB...    a job in JSON: [model, "fsdp" or "ddp
                                            micro_batch_tokens, further flags of a3po.py...]
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ class Recorder:
 
     def __init__(self, model: torch.nn.Module):
         self.model, self.gradient = model, {}
-        self.param_groups = [dict(loss_scale=1.0, good_updates=0, skipped=0)]
+        self.param_groups = [dict(skipped=0)]
 
     def step(self) -> None:
         for name, parameter in self.model.named_parameters():
@@ -72,8 +73,9 @@ def measure(model: str, parallel: str, tokens: int, *flags: str, device: str = "
     policy, inner, reference, optimizer = a3po.build(config, device, "grids", None)
     mini_batches = one_mini_batch(fixed_samples(), config)
     a3po.score(policy, reference, mini_batches, config)
+    a3po.mask_by_the_whole_batch(mini_batches, config)
     rho, recorder = a3po.rho_at(0, config), Recorder(inner)
-    unclipped = a3po.dataclasses.replace(config, max_grad_norm=1e9)
+    unclipped = dataclasses.replace(config, max_grad_norm=1e9)
     metrics = a3po.update(policy, recorder, mini_batches, unclipped, rho)
     a3po.update(policy, optimizer, mini_batches, config, rho)
     weights = {name: tensor.clone() for name, tensor in policy_model.full_weights(inner)}

@@ -20,7 +20,8 @@ from gradient_worker import fixed_samples, one_mini_batch  # noqa: E402
 import a3po  # noqa: E402
 import rollout  # noqa: E402
 from model import full_weights  # noqa: E402
-from shelf import checks, ranks  # noqa: E402
+from shelf import ranks  # noqa: E402
+from shelf.metrics import token_metrics  # noqa: E402
 from verify import Grade  # noqa: E402
 
 SIZE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
@@ -89,20 +90,18 @@ def follow(family: str, folder: Path, device: str) -> dict:
         responses = [found[i] for i in range(10)]
         for i, response in enumerate(responses):
             response.grade, response.advantage = Grade(i % 3 == 0, None), 1.0
+            response.prompt = prompts[i]
         if old:  # the same tokens again: have the weights moved?
             mini_batches = one_mini_batch(old, config)
             a3po.score(policy, None, mini_batches, config)
-            report["moved"] = a3po.token_metrics(mini_batches)["mismatch_mean"]
+            report["moved"] = token_metrics(mini_batches)["mismatch_mean"]
         mini_batches, old = one_mini_batch(responses, config), responses
         a3po.score(policy, None, mini_batches, config)
-        report[when] = a3po.token_metrics(mini_batches)["mismatch_max"]
+        report[when] = token_metrics(mini_batches)["mismatch_max"]
         if when == "before":
             metrics = a3po.update(policy, optimizer, mini_batches, config, a3po.rho_at(0, config))
             report["ratio"] = metrics["ratio_max_deviation"]
-            engine.load_weights(full_weights(inner))
-    sent = {name: (tuple(tensor.shape),) for name, tensor in full_weights(inner)}
-    [report["unmatched"]] = engine.llm.apply_model(
-        lambda model: [name for name in sent if not checks.held_by(model, name, sent)[0]])
+            engine.sync(full_weights(inner))
     return report
 
 

@@ -18,6 +18,7 @@ import eval as evaluation
 import rollout
 import verify
 from rollout import Problem, Prompt, Sample
+from shelf import metrics as words
 from shelf import report
 from shelf.ranks import UsageError
 from verify import Graders
@@ -461,18 +462,18 @@ def test_another_model_at_the_same_path_is_refused(tmp_path, monkeypatch):
     model = tmp_path / "model"
     model.mkdir()
     (model / "model.safetensors").write_bytes(bytes(1_000_000))
-    first = rollout.fingerprint(str(model))
+    first = evaluation.fingerprint(str(model))
     flags = evaluation.parse_args([f"--model={model}"])
     flags.weights = first
     evaluation.OutputFolder(str(tmp_path / "out"), vars(flags)).path.mkdir()
     evaluation.OutputFolder(str(tmp_path / "out"), vars(flags)).write()
     evaluation.OutputFolder(str(tmp_path / "out"), vars(flags))
     (model / "model.safetensors").write_bytes(bytes(999_999) + b"x")
-    flags.weights = rollout.fingerprint(str(model))
+    flags.weights = evaluation.fingerprint(str(model))
     assert flags.weights != first  # the file's end is looked at too
     with pytest.raises(UsageError, match="other weights"):
         evaluation.OutputFolder(str(tmp_path / "out"), vars(flags))
-    assert rollout.fingerprint("owner/name") == ""
+    assert evaluation.fingerprint("owner/name") == ""
 
 
 def test_samples_can_be_graded_again_as_they_are(whole):
@@ -539,15 +540,15 @@ def test_the_words_are_those_of_the_metrics_there_are(whole):
     for name in ("accuracy", "reward", "eval_accuracy"):
         names |= {f"{name}_{kind}" for kind in verify.KINDS}
     names |= {"reward_errors", "memory_gib"}  # of --reward, of a GPU
-    words = {name: report.describe(name) for name in names}
-    assert all(all(entry) for entry in words.values())  # label, unit, meaning
-    assert set(map(report.describe, report.METRICS)) == set(words.values())
-    assert len({label for label, _, _ in set(words.values())}) == len(report.METRICS)
-    assert report.describe("pass@16") == report.describe("eval_pass@2")
-    assert report.describe("length") == report.describe("eval_length")
+    described = {name: words.describe(name) for name in names}
+    assert all(all(entry) for entry in described.values())  # label, unit, meaning
+    assert set(map(words.describe, words.METRICS)) == set(described.values())
+    assert len({label for label, _, _ in set(described.values())}) == len(words.METRICS)
+    assert words.describe("pass@16") == words.describe("eval_pass@2")
+    assert words.describe("length") == words.describe("eval_length")
     for unknown in ("nope", "pass@", "eval_reward", "maj@k", "eval_eval_n"):
         with pytest.raises(KeyError):
-            report.describe(unknown)
+            words.describe(unknown)
 
 
 def test_glossary(capsys, monkeypatch):
@@ -555,9 +556,9 @@ def test_glossary(capsys, monkeypatch):
     evaluation.main(["glossary"])
     text = capsys.readouterr().out.splitlines()
     assert max(map(len, text)) <= 72
-    assert [line.split()[0] for line in text if line[0] != " "] == list(report.METRICS)
+    assert [line.split()[0] for line in text if line[0] != " "] == list(words.METRICS)
     assert {re.match(" *", line).end() for line in text if line[0] == " "} == {
-        text[0].index(report.describe("step")[0], 4)}  # one column
+        text[0].index(words.describe("step")[0], 4)}  # one column
     evaluation.main(["glossary", "entropy", "eval_maj@8"])
     text = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in text if line[0] != " "] == ["entropy", "eval_maj@8"]

@@ -4,6 +4,7 @@ written; the program where something is missing."""
 import dataclasses
 import itertools
 import json
+import math
 import re
 import resource
 import shutil
@@ -19,8 +20,10 @@ from test_eval import TRAINED, lines, records
 
 import a3po
 import eval as evaluation
-from rollout import Problem, Prompt, Sample, load_tokenizer
-from shelf.folder import Checkpoints, RunFolder, all_see, show_example
+from rollout import Problem, Prompt, Sample, load_tokenizer, show_example
+from shelf.checkpoints import Checkpoints
+from shelf.config import Config
+from shelf.folder import RunFolder, all_see
 from shelf.ranks import UsageError
 from verify import Grade
 
@@ -97,19 +100,18 @@ def test_the_newest_are_kept_with_ordinary_modes(tmp_path, parts):
 
 def test_large_checkpoints_are_announced(tmp_path, parts, capsys):
     kept = checkpoints(tmp_path / "not yet", parts, keep=0)
-    kept.announce(300, 50)
+    kept.announce()
     assert capsys.readouterr().out == ""  # the demo's are small
     kept.weights_bytes, kept.resume_bytes = 16_400_000_000, 98_400_000_000
-    kept.announce(300, 50)
-    said = capsys.readouterr().out
-    assert "takes 16.4 GB, and the newest 98.4 GB more" in said and "6 of them: 295 GB" in said
-    kept.keep, kept.weights_bytes = 2, 10**18
-    kept.announce(300, 50)
-    assert "2 of them: 2e+09 GB" in (said := capsys.readouterr().out) and "TOO LITTLE" in said
+    kept.announce()
+    assert "takes 16.4 GB, and the newest 98.4 GB more" in capsys.readouterr().out
+    kept.weights_bytes = 10**18
+    kept.announce()
+    assert "takes 1e+09 GB" in (said := capsys.readouterr().out) and "TOO LITTLE" in said
 
 
 def test_metrics_that_cannot_be_written_end_the_run(tmp_path):
-    folder = RunFolder(vars(a3po.parse_args(["--setting=demo", f"--output_dir={tmp_path}"])))
+    folder = RunFolder(a3po.parse_args(["--setting=demo", f"--output_dir={tmp_path}"]))
     folder.open(0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))
@@ -121,7 +123,7 @@ def test_metrics_that_cannot_be_written_end_the_run(tmp_path):
 
 
 def test_a_run_whose_folder_is_lost_ends_with_a_sentence(tmp_path):
-    folder = RunFolder(vars(a3po.parse_args(["--setting=demo", f"--output_dir={tmp_path}/run"])))
+    folder = RunFolder(a3po.parse_args(["--setting=demo", f"--output_dir={tmp_path}/run"]))
     folder.open(0)
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(UsageError, match="metrics.jsonl cannot be written .No such file.*go on"):
@@ -139,9 +141,14 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_loads(capsys, 
 # ---- the run folder -----------------------------------------------------------------------------
 
 
-def settings(path, **changes):
-    return dict(setting="demo", preset="a3po", seed=3, resume="", steps=60,
-                output_dir=str(path)) | changes
+def settings(path, **changes) -> Config:
+    fixed = dict(setting="demo", preset="a3po", seed=3, steps=60, log_rollouts=1,
+                 output_dir=str(path))
+    return Config(**fixed | changes)
+
+
+def add_checkpoint(folder: RunFolder, step: int) -> None:
+    (folder.checkpoints / f"step_{step}").mkdir(parents=True)
 
 
 def test_a_run_names_its_folder_and_writes_over_no_other(tmp_path, monkeypatch):
@@ -152,7 +159,7 @@ def test_a_run_names_its_folder_and_writes_over_no_other(tmp_path, monkeypatch):
     folder.open(0)
     config = json.loads((folder.path / "config.json").read_text())
     assert config.pop("environment").keys() >= {"commit", "torch", "python", "command"}
-    assert config == settings(folder.path)
+    assert config == vars(settings(folder.path))
     with pytest.raises(UsageError) as error:  # a run that was killed early is one too
         RunFolder(settings(folder.path))
     assert str(error.value) == (f"--output_dir {folder.path} holds a run already: go on with it "
@@ -181,20 +188,20 @@ def log(folder, steps, evaluate_at=()):
         if step in evaluate_at:
             folder.log_eval(step, evaluation.summarize("math", [records([1, step > 2])]))
         folder.log_step(dict(zip(sorted(TRAINED), values[step], strict=True)) | dict(step=step))
-        folder.log_rollouts(step, made_groups(), 1)
+        folder.log_rollouts(step, made_groups())
 
 
 def test_a_run_folder_and_its_console(tmp_path, capsys, monkeypatch):
     clock = itertools.count(1000.0)  # a second from each look at it to the next
-    monkeypatch.setattr("shelf.folder.time.time", lambda: next(clock))
+    monkeypatch.setattr("shelf.report.time.time", lambda: next(clock))
     folder = RunFolder(settings(tmp_path / "run"))
     folder.open(0)
     log(folder, range(60), [0, 20])
     folder.log_eval(60, evaluation.summarize("math", [records([1, 1])]))
-    folder.saved = 60
+    add_checkpoint(folder, 60)
     folder.finish()
     out = capsys.readouterr().out
-    folder.saved = 40
+    (folder.checkpoints / "step_60").rename(folder.checkpoints / "step_40")
     with pytest.raises(UsageError, match="trained model was not saved"):
         folder.finish()
     console = [line for line in out.splitlines() if line[:1] == " "]
@@ -216,7 +223,7 @@ def test_a_run_folder_and_its_console(tmp_path, capsys, monkeypatch):
     assert "before (step 0)" in summary and "after (step 60)" in summary and summary in out
     assert (folder.path / "curves.png").stat().st_size > 10_000
     assert sorted(path.name for path in folder.path.iterdir()) == [
-        "config.json", "curves.png", "metrics.jsonl", "rollouts.jsonl", "summary.md"]
+        "checkpoints", "config.json", "curves.png", "metrics.jsonl", "rollouts.jsonl", "summary.md"]
 
 
 def test_what_cannot_be_resumed_is_kept(tmp_path, capsys):
@@ -240,7 +247,7 @@ def test_changed_flags_are_said_and_refused(tmp_path, capsys):
     again = settings(tmp_path / "run", resume="auto", lr=2.0, steps=9)
     with pytest.raises(UsageError, match="--lr 1.0 -> 2.0; .*--resume_changed"):
         RunFolder(again)
-    folder = RunFolder(again | dict(resume_changed=True))
+    folder = RunFolder(dataclasses.replace(again, resume_changed=True))
     folder.open(2)
     assert "--lr 1.0 -> 2.0" in capsys.readouterr().out
     paths = [tmp_path / "run" / name for name in ("config.1.json", "config.json")]
@@ -257,7 +264,7 @@ def test_a_file_stops_a_run_and_an_interrupt_says_how_to_go_on(tmp_path, capsys)
     assert folder.asked_to_stop() and not folder.asked_to_stop()
     assert "no checkpoint yet" in folder.where()
     log(folder, range(3))
-    folder.saved = 2
+    add_checkpoint(folder, 2)
     assert folder.where() == (f"interrupted at step 2; checkpoint at step 2; go on with --resume "
                               f"auto --output_dir {folder.path}")
 
@@ -281,7 +288,8 @@ def test_going_on_drops_what_will_be_written_again(tmp_path, capsys):
     log(again, range(3, 6), [0, 3, 5])
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert (cut.path / name).read_text() == (whole.path / name).read_text()
-    whole.saved = again.saved = 60
+    add_checkpoint(whole, 60)
+    add_checkpoint(again, 60)
     whole.finish()
     again.finish()
     assert (cut.path / "summary.md").read_text() == (whole.path / "summary.md").read_text()
@@ -319,8 +327,8 @@ def test_other_ranks_take_rank_0s_folder_and_write_nothing(tmp_path, monkeypatch
     assert folder.checkpoints == Path("runs/of-rank-0/checkpoints")
     folder.open(0)
     log(folder, range(3), [0])
-    folder.saved = 60
-    folder.finish()
+    with pytest.raises(UsageError, match="trained model was not saved"):
+        folder.finish()
     assert folder.checkpoints == Path("runs/of-rank-0/checkpoints")
     assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
 
@@ -417,24 +425,36 @@ def test_a_folder_that_a_rank_does_not_see_is_one_sentence(tmp_path, monkeypatch
         all_see(tmp_path / "nowhere")
 
 
+def give_gradient(scaler, model, optimizer, value: float) -> float:
+    """As `update` does, with the loss scaled; return what step_or_skip is given."""
+    scale = scaler.scale(torch.ones(())).item()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, value) * scale
+    scaler.unscale_(optimizer)
+    return value
+
+
 def test_ten_bad_gradients_in_a_row_end_the_run(parts):
-    optimizer = parts[2]
-    group = optimizer.param_groups[0]
-    for _ in range(9):
-        a3po.adjust_scale(optimizer, finite=False)
-    a3po.adjust_scale(optimizer, finite=True)
-    for _ in range(9):
-        a3po.adjust_scale(optimizer, finite=False)
+    _, model, optimizer, _ = parts
+    for good in (9, 0):
+        for _ in range(9):
+            a3po.step_or_skip(optimizer, a3po.NO_SCALING, math.inf)
+        if good:
+            a3po.step_or_skip(optimizer, a3po.NO_SCALING, 1.0)
     with pytest.raises(UsageError, match="ten gradients in a row were not finite"):
-        a3po.adjust_scale(optimizer, finite=False)
-    group.update(loss_scale=2.0**16, skipped=0)
+        a3po.step_or_skip(optimizer, a3po.NO_SCALING, math.nan)
+    optimizer.param_groups[0]["skipped"] = 0
+    scaler = torch.amp.GradScaler("cpu", growth_interval=200)
     for _ in range(12):  # fp16: the scale was too high
-        a3po.adjust_scale(optimizer, finite=False)
-    assert group["loss_scale"] == 2.0**4
+        norm = give_gradient(scaler, model, optimizer, math.inf)
+        a3po.step_or_skip(optimizer, scaler, norm)
+    assert scaler.get_scale() == 2.0**4
     for _ in range(400):
-        a3po.adjust_scale(optimizer, finite=True)
-    assert group["loss_scale"] == 2.0**6
-    group.update(loss_scale=1.0, skipped=0)
+        a3po.step_or_skip(optimizer, scaler, give_gradient(scaler, model, optimizer, 0.0))
+    assert scaler.get_scale() == 2.0**6
+    again = torch.amp.GradScaler("cpu", growth_interval=200)
+    again.load_state_dict(json.loads(json.dumps(scaler.state_dict())))  # as step.json has it
+    assert again.get_scale() == 2.0**6
 
 
 def test_check_reads_all_inputs_and_starts_nothing(tmp_path, capsys, monkeypatch):

@@ -46,7 +46,6 @@ def test_vllm_follows_the_trainer(family, reports):
     assert isinstance(report, dict), report  # else a traceback
     assert report["before"] < 1e-4 and report["after"] < 1e-4
     assert report["moved"] > 0.1 and report["ratio"] == 0
-    assert report["unmatched"] == []  # on a GPU all are compared after each sync
 
 
 def test_the_list_is_what_is_trained(tmp_path, capsys):

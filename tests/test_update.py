@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import a3po
 import model as policy_model
+from rollout import empty_sample
 from shelf import ranks
+from shelf.metrics import token_metrics
 
 
 def full_logprobs(hidden, weight, targets, temperature):
@@ -181,7 +183,7 @@ def test_from_the_batch_to_the_step_nothing_is_read_but_the_statistics(
         return dict.fromkeys(sums, 1.0)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attention)
-    monkeypatch.setattr(a3po, "read", read)
+    monkeypatch.setattr(a3po, "reduce_over_ranks", read)
     mini_batches = a3po.make_batches([samples[:5], samples[5:]], config, 0, "cpu", kernel)
     with NothingIsRead():
         a3po.score(policy, reference, mini_batches, config)
@@ -273,7 +275,7 @@ def test_metrics_do_not_depend_on_micro_batches(tiny_model):
             for parameter in inner.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
         metrics = a3po.update(policy, Recorder(inner), mini_batches, config, a3po.rho_at(0, config))
-        results.append(metrics | a3po.token_metrics(mini_batches))
+        results.append(metrics | token_metrics(mini_batches))
     assert results[0]["ratio_max"] > 0.1 and results[0]["clip_high"] > 0
     assert results[0] == pytest.approx(results[1], rel=1e-4, abs=1e-6)
 
@@ -349,7 +351,7 @@ def test_every_rank_gets_equally_many_micro_batches(monkeypatch):
 def test_an_empty_micro_batch_has_a_gradient_of_zeros(tiny_model):
     """Under FSDP and DDP its backward pass takes part in the collectives of all parameters."""
     config, policy, inner = build(tiny_model, "--kl_coef=0.1")
-    empty = policy_model.collate([a3po.nothing()], "cpu", "grids") | dict(trained=True)
+    empty = policy_model.collate([empty_sample()], "cpu", "grids") | dict(trained=True)
     real = one_mini_batch(fixed_samples(), config)
     a3po.score(policy, policy, [[empty], *real], config)
     alone = gradient_of(config, policy, inner, real)

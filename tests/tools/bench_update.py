@@ -284,7 +284,7 @@ def our_steps(folder: str, tokens: int, steps: int, warmup: int = 2) -> dict[str
         a3po.score(policy, reference, mini_batches, config)
         a3po.update(policy, optimizer, mini_batches, config, a3po.rho_at(step, config))
         update_cpu.append(time.process_time() - sampled)
-        engine.load_weights(full_weights(model))
+        engine.sync(full_weights(model))
         step_cpu.append(time.process_time() - began)
         count.append(sum(len(sample.ids) for group in groups for sample in group))
     total = sum(count[warmup:])
