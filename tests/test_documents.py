@@ -1,6 +1,8 @@
 """What the recipes and the READMEs tell a reader to type: the program accepts it; and every block
 of code in README.md is run, Python as it stands, commands made short."""
 
+import contextlib
+import io
 import itertools
 import os
 import re
@@ -18,6 +20,7 @@ from conftest import ROOT
 import a3po
 import eval as evaluation
 import rollout
+import verify
 
 RECIPES = sorted((ROOT / "recipes").glob("*.sh"))
 READMES = [ROOT / "README.md", *(ROOT / name / "README.md" for name in ("demo", "tests"))]
@@ -74,10 +77,15 @@ def commands(path) -> list[list[str]]:
 
 
 @cache
-def known_flags(*command: str) -> set[str]:
-    run = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True,
-                         text=True, check=True)
-    return set(re.findall(r"--[\w-]+", run.stdout))
+def known_flags(script: str, *sub: str) -> set[str]:
+    """The flags that its --help names."""
+    main = {"verify.py": verify.main, "eval.py": evaluation.main}[script]
+    out, arguments = io.StringIO(), [*sub, "--help"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(sys, "argv", [script, *arguments])
+        with pytest.raises(SystemExit):
+            main()
+    return set(re.findall(r"--[\w-]+", out.getvalue()))
 
 
 def check(command: list[str]) -> None:

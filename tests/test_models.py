@@ -7,6 +7,7 @@ from conftest import ROOT, run
 from model_worker import FAMILIES, make
 from transformers import AutoConfig
 
+import a3po
 from shelf import checks
 from shelf.ranks import UsageError
 
@@ -71,7 +72,9 @@ def test_a_family_that_was_never_tried_is_found_out(tmp_path):
     assert "type opt was never tried" in done.stdout and "vLLM and the trainer" in done.stderr
 
 
-def test_a_model_without_attention_is_one_sentence(tmp_path):
-    done = run("a3po.py", "--setting=demo", "--check", f"--model={make('mamba', tmp_path)}")
-    assert done.returncode == 2 and "no max_position_embeddings" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_model_without_attention_is_one_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        a3po.main(["--setting=demo", "--check", f"--model={make('mamba', tmp_path)}"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "no max_position_embeddings" in error
+    assert "Traceback" not in error
