@@ -56,7 +56,7 @@ def measure(ranks: int, config: a3po.Config) -> dict:
     except (OSError, ValueError):
         raise UsageError(f"model {config.model!r} has no config.json that can be read") from None
     check_model(config.model, about)
-    a3po.precision_of(config.precision, "cuda")  # refuses 32 bits; both kinds of 16 take the same room
+    a3po.precision_of(config.precision, "cuda")  # refuses 32 bits
     sharded, fake = config.parallel == "fsdp", FakeTensorMode(allow_non_fake_inputs=True)
     policy, inner, reference, optimizer = build(config, about, fake)
     tracker = FSDPMemTracker(policy, optimizer) if sharded else MemTracker()
