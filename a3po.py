@@ -24,8 +24,12 @@ gets the new weights.
 Read on from the top: the loss (copy it, it needs torch alone), batches, score and update, sampling,
 the loop. model.py and rollout.py are the rest of the sitting; shelf/config.py has the knobs.
 
-Sources: [P] the paper, [C] its authors' code, [O] our reading where neither says. Left out: the
-critic, sequence and tensor parallel training, asynchronous rollouts.
+Sources: [P] the paper, [R] two public reading notes of its ACL version, [C] its authors' code, [O]
+our reading where none says.
+
+Left out: a critic (the group is the baseline), sequence and tensor parallel training (FSDP shards
+what has to be), asynchronous rollouts (the policy that is updated is the one that sampled), LoRA
+(the paper trains all weights), several turns and tools (a response is one answer).
 
 Shapes: P prompts, G responses to each, B responses in a batch, T response tokens, N packed tokens
 (prompts and responses), R response tokens without padding.
@@ -33,16 +37,15 @@ Shapes: P prompts, G responses to each, B responses in a batch, T response token
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import signal
 import sys
 import time
 from collections import Counter
+from itertools import chain
 
-# Read when torch is imported: its C++ parts write of NUMA nodes and the like
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: it writes of NUMA nodes
 try:
     import numpy as np
     import torch.distributed as dist
@@ -51,41 +54,29 @@ try:
 
     import eval as evaluation
     import rollout
-    import verify
-    from model import (
-        GPU,
-        Policy,
-        collate,
-        deal,
-        distribute,
-        load_model,
-        pack,
-    )
-    from rollout import Prompt, Sample
-    from shelf.checks import check_agreement, check_model, check_sleep, sync
-    from shelf.config import SETTINGS, Config, check_config, parse_args
-    from shelf.data import load_problems
-    from shelf.folder import Checkpoints, RunFolder, show_example
-    from shelf.ranks import (
-        UsageError,
-        gather,
-        init_distributed,
-        leave,
-        on_rank_0,
-        rank,
-        say,
-        timed,
-        world_size,
-    )
-    from verify import Grade, Graders
-except ImportError as missing:  # the loss needs torch alone, on any system
+    from model import GPU, Policy, collate, deal, distribute, full_weights, load_model, pack
+    from rollout import Prompt, Sample, empty_sample, is_live, reward_failed
+    from shelf import ranks
+    from shelf.checkpoints import Checkpoints
+    from shelf.checks import check_agreement, check_memory, check_model, check_sleep
+    from shelf.config import Config, check_config, parse_args
+    from shelf.data import read_prompts
+    from shelf.folder import RunFolder
+    from shelf.metrics import rollout_metrics, token_metrics
+    from shelf.ranks import UsageError, accumulate, rank, reduce_over_ranks, say, timed, world_size
+    from verify import Graders
+except ModuleNotFoundError as missing:  # the loss needs torch alone, on any system
     if __name__ == "__main__":
-        sys.exit(f"error: {missing}. Training needs Linux and what `bash run.sh install` puts into "
-                 ".venv: then .venv/bin/python a3po.py")
+        sys.exit(f"error: there is no module {missing.name!r}. Training needs Linux and what `bash "
+                 "run.sh install` puts into .venv: then .venv/bin/python a3po.py")
 
 
 # ---- loss: copy from here ----
 import torch  # noqa: E402
+
+# Differences of log-probs stay within this: e^20 = 5e8 is far beyond every clip, and its products
+# and sums are still finite, so no token of however wrong a policy makes the whole gradient nan.
+LOG_RATIO_LIMIT = 20.0
 
 
 def group_advantages(
@@ -96,7 +87,7 @@ def group_advantages(
     rewards and result: (P * G,), the G responses to a prompt side by side. The standard deviation
     is the unbiased one; a group of one has mean 0 and deviation 1.
     """
-    if group_size == 1:
+    if group_size == 1 or not len(rewards):
         return rewards / (1 + eps) if norm_std else rewards.clone()
     groups = rewards.view(len(rewards) // group_size, group_size)
     advantages = groups - groups.mean(1, keepdim=True)
@@ -113,7 +104,8 @@ def overlong_penalty(lengths: torch.Tensor, max_length: int, buffer: int) -> tor
 
 def decayed_rho(rho: float, step: int, decay_rate: float, decay: str = "linear") -> float:
     """Return rho at a 0-based training step. It decays to 1 [P]; the forms are ours [O]:
-    linear = max(1, rho - decay_rate * step), exp = 1 + (rho - 1) * exp(-decay_rate * step)."""
+    linear = max(1, rho - decay_rate * step), exp = 1 + (rho - 1) * exp(-decay_rate * step).
+    A rho below 1, which weakens the chosen tokens, rises to 1 in the same way."""
     if decay == "linear":
         return max(1.0, rho - decay_rate * step) if rho > 1 else min(1.0, rho + decay_rate * step)
     if decay == "exp":
@@ -128,23 +120,11 @@ def smallest(values: torch.Tensor, mask: torch.Tensor, fraction: float) -> torch
     """Choose the max(1, int(fraction * length)) smallest values of each row [C]; of equal ones the
     earlier [O]. values, mask: (B, T); returns (B, T) of bool."""
     mask = mask.bool()
-    if not mask.shape[1]:
-        return mask
-    short = torch.int16 if mask.shape[1] < 2**15 else torch.int32  # int16 counts 5 times faster
-    # double: in float32 the product can round up to a whole number that int() then keeps
-    lengths = mask.sum(1, keepdim=True, dtype=short)
-    counts = (lengths.double() * fraction).long().clamp_(min=1)
-    values = values.float()
-    ordered = torch.where(mask, values, torch.inf)
-    try:  # in place, and many times faster than torch's sort
-        ordered.numpy().sort(axis=1)
-    except (TypeError, RuntimeError):  # not on a CPU, a fake tensor, or no NumPy
-        ordered = ordered.sort(dim=1).values
-    threshold = ordered.gather(1, counts - 1)  # the counts-th smallest value of each row
-    room = (counts - torch.searchsorted(ordered, threshold)).to(short)  # for values equal to it
-    below, equal = (values < threshold) & mask, (values == threshold) & mask
-    equal &= equal.cumsum(1, dtype=short) <= room
-    return below | equal
+    order = torch.where(mask, values.float(), torch.inf).argsort(dim=1, stable=True)
+    place = order.argsort(dim=1)  # of each token among those of its row: the smallest is 0
+    # double: in float32 the product can round up to a whole number that long() then keeps
+    counts = (mask.sum(1, keepdim=True).double() * fraction).long().clamp(min=1)
+    return (place < counts) & mask
 
 
 @torch.no_grad()
@@ -167,14 +147,12 @@ def shape_advantages(
         raise TypeError(f"correct is a flag, not a reward: give bool, not {correct.dtype}")
     if entropy is None and "entropy" in positive_cell + negative_cell:
         raise ValueError(f"{positive_cell} and {negative_cell} need the entropy")
-    correct, values = correct.bool()[:, None], {"prob": logprobs, "entropy": entropy}
-    (p_side, p_name), (n_side, n_name) = positive_cell.split("_"), negative_cell.split("_")
-    keys = values[p_name]
-    if n_name != p_name:
-        keys = torch.where(correct, keys, values[n_name])
-    signs = [1.0 if side == "low" else -1.0 for side in (p_side, n_side)]
-    keys = keys * torch.where(correct, *signs)  # (B, T): the smallest are chosen
-    chosen = smallest(keys, mask, token_fraction)
+    correct = correct.bool()[:, None]  # (B, 1)
+    keys = dict(low_prob=logprobs, high_prob=-logprobs)  # (B, T): the smallest are chosen
+    if entropy is not None:
+        keys |= dict(low_entropy=entropy, high_entropy=-entropy)
+    chosen = smallest(torch.where(correct, keys[positive_cell], keys[negative_cell]), mask,
+                      token_fraction)
     weight = torch.where(correct, positive_weight, negative_weight)
     rho = torch.where(correct, rho_positive, rho_negative)
     return advantages * torch.where(chosen, weight * rho, weight)
@@ -191,7 +169,7 @@ def aggregate(
     responses (Dr. GRPO). `denominator` is the number of tokens (token-mean) or of responses in
     the *global* batch; with it the parts of any split add up to the same loss and gradient.
     """
-    losses, lengths = losses.masked_fill(~mask, 0.0), mask.sum(1)
+    losses, lengths = losses.float().masked_fill(~mask, 0.0), mask.sum(1)
     rows = losses.sum(1)
     if loss_agg == "seq-mean-token-mean":
         rows = rows / lengths.clamp(min=1)
@@ -202,6 +180,12 @@ def aggregate(
     if denominator is None:
         denominator = lengths.sum() if loss_agg == "token-mean" else len(rows)
     return rows.sum() / torch.as_tensor(denominator).clamp(min=1)
+
+
+def log_ratio(new: torch.Tensor, old: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return log (p_new / p_old) of each token in float32, 0 outside the mask, within the limit."""
+    difference = (new.float() - old.float()).masked_fill(~mask, 0.0)
+    return difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
 def policy_loss(
@@ -220,23 +204,22 @@ def policy_loss(
     min(old / rollout, tis_cap), truncated importance sampling; ref_logprobs add kl_coef times the
     k3 estimate exp(d) - d - 1, d = ref - new (on the tokens of kl_mask, if given).
     """
-    mask = mask.bool()
-    log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0).clamp(-20.0, 20.0)
-    ratio = log_ratio.exp()
+    mask, advantages = mask.bool(), advantages.float()
+    change = log_ratio(logprobs, old_logprobs, mask)
+    ratio = change.exp()
     clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     losses = torch.maximum(-ratio * advantages, -clipped * advantages)
     if dual_clip:
         losses = torch.where(advantages < 0, losses.clamp(max=-dual_clip * advantages), losses)
     stats = {}
     if rollout_logprobs is not None and tis_cap:
-        log_weight = (old_logprobs - rollout_logprobs).masked_fill(~mask, 0.0).clamp(-20.0, 20.0)
-        weight = log_weight.exp().clamp(max=tis_cap).masked_fill(~rollout_logprobs.isfinite(), 0.0)
-        losses = losses * weight.detach()
+        weight = log_ratio(old_logprobs, rollout_logprobs, mask).exp().detach()
+        stats["tis_capped"] = ((weight > tis_cap) & mask).sum()
+        weight = weight.clamp(max=tis_cap).masked_fill(~rollout_logprobs.isfinite(), 0.0)
         stats["tis_weight"] = (weight * mask).sum()
-        stats["tis_capped"] = ((log_weight.exp() > tis_cap) & mask).sum()
+        losses = losses * weight
     if ref_logprobs is not None and kl_coef:
-        outside = ~mask if kl_mask is None else ~(mask & kl_mask)
-        d = (ref_logprobs - logprobs).masked_fill(outside, 0.0).clamp(-20.0, 20.0)
+        d = log_ratio(ref_logprobs, logprobs, mask if kl_mask is None else mask & kl_mask)
         k3 = d.exp() - d - 1.0
         losses = losses + kl_coef * k3
         stats["kl_ref"] = (k3.detach() * mask).sum()
@@ -244,19 +227,22 @@ def policy_loss(
         stats["ratio"] = (ratio * mask).sum()
         stats["clip_low"] = ((ratio < 1.0 - clip_low) & (advantages < 0) & mask).sum()
         stats["clip_high"] = ((ratio > 1.0 + clip_high) & (advantages > 0) & mask).sum()
-        stats["kl_old"] = ((ratio - 1.0 - log_ratio) * mask).sum()
-        stats["max_ratio_deviation"] = (ratio - 1.0).abs().max()
+        stats["kl_old"] = ((ratio - 1.0 - change) * mask).sum()
+        deviation = (ratio - 1.0).abs().flatten()
+        stats["max_ratio_deviation"] = torch.cat([deviation, deviation.new_zeros(1)]).max()
     return aggregate(losses, mask, loss_agg, denominator, max_length), stats
 # ---- loss: to here ----
 
 
 # ---- batches ------------------------------------------------------------------------------------
-
-
-def nothing() -> Sample:
-    """Return an empty response."""
-    return Sample(Prompt(None, [0]), np.empty(0, np.int32), np.empty(0, np.float32), "stop",
-                  grade=Grade(False, None))
+# A batch is a dict of tensors on the device, made once for score and update. Who writes its keys:
+#
+#   collate        ids, positions (N,), attention; predictors, targets, places (R,); correct (B,);
+#                  mask, loss_mask, advantage, rollout_logprobs (B, T)
+#   make_batches   samples; trained: whether they have a gradient
+#   score          old_logprobs, entropy, ref_logprobs (B, T), of the models before the update
+#   mask_by_the_whole_batch    loss_mask (again), kl_mask (B, T)
+#   update         logprobs, shaped (B, T), the advantages with A3PO's weights
 
 
 def has_gradient(sample: Sample, config: Config) -> bool:
@@ -268,19 +254,18 @@ def has_gradient(sample: Sample, config: Config) -> bool:
 def make_batches(
     groups: list[list[Sample]], config: Config, step: int, device: str, kernel: str
 ) -> list[list[dict]]:
-    """Return this rank's micro-batches of each mini-batch, packed once for score and update.
-    Samples without a gradient are packed apart: batch["trained"] is False. Every rank gets equally
-    many micro-batches, for each forward under FSDP is a collective; surplus ones hold `nothing`.
-    """
+    """Return this rank's micro-batches of each mini-batch. Samples without a gradient are packed
+    apart. Every rank gets equally many, for each forward under FSDP is a collective; surplus ones
+    hold an `empty_sample`."""
     order = np.random.default_rng([config.seed, step]).permutation(len(groups))
     mini_batches = []
     for split in np.array_split(order, config.mini_batches):
-        samples, micro_batches = sum((groups[g] for g in split), []), []
+        samples, micro_batches = list(chain(*(groups[g] for g in split))), []
         for trained in (True, False):
             chosen = [sample for sample in samples if has_gradient(sample, config) == trained]
             packs = [pack(share, config.micro_batch_tokens) for share in deal(chosen, world_size())]
             surplus = max(map(len, packs)) - len(packs[rank()])
-            for mine in packs[rank()] + [[nothing()]] * surplus:
+            for mine in packs[rank()] + [[empty_sample()]] * surplus:
                 batch = collate(mine, device, kernel)
                 micro_batches.append(batch | dict(trained=trained, samples=mine))
         if micro_batches:
@@ -291,33 +276,47 @@ def make_batches(
 # ---- score and update ---------------------------------------------------------------------------
 
 
+def needs_whole_batch(config: Config) -> bool:
+    """Return whether the method compares a token with all others of the step."""
+    return bool(config.proxy_kappa or config.entropy_fraction < 1)
+
+
+def is_on_policy(config: Config) -> bool:
+    """Return whether the update is what scores its tokens: with one update a step the policy that
+    sampled is the one being trained, so their log-probs are the same numbers."""
+    return config.mini_batches == 1 and not needs_whole_batch(config)
+
+
 @torch.no_grad()
 def score(policy, reference, mini_batches: list[list[dict]], config: Config) -> None:
-    """Add to each batch what the policy that sampled says of its tokens, old_logprobs and entropy,
-    ref_logprobs of the reference model (or Lp-Reg's proxy), and the masks of the methods that look
-    at the whole batch: kl_mask (Lp-Reg) and loss_mask (Fork Tokens), all (B, T).
-
-    With one update a step the policy that sampled is the one being trained, so `update` sees the
-    same numbers, and this pass is skipped unless a method needs them beforehand.
-    """
-    batches, needs_batch = sum(mini_batches, []), config.proxy_kappa or config.entropy_fraction < 1
-    for batch in batches:
-        if config.mini_batches > 1 or needs_batch:
+    """Add to each batch what the policy that sampled says of its tokens, old_logprobs and entropy
+    (unless the update will), and ref_logprobs of the reference model or Lp-Reg's proxy."""
+    for batch in chain(*mini_batches):
+        if not is_on_policy(config):
             batch["old_logprobs"], batch["entropy"], proxy = policy(batch)
             if config.proxy_kappa:
                 batch["ref_logprobs"] = proxy
         if reference is not None:
             batch["ref_logprobs"] = reference(batch)[0]
-    if config.proxy_kappa and batches:
+
+
+def mask_by_the_whole_batch(mini_batches: list[list[dict]], config: Config) -> None:
+    """Add the masks of the methods that compare a token with all others of the step: kl_mask, the
+    least likely with A < 0 (Lp-Reg), and loss_mask, those of highest entropy (Fork Tokens)."""
+    batches = list(chain(*mini_batches))
+    if not batches or not needs_whole_batch(config):
+        return
+    if config.proxy_kappa:
         ascending = sort_all_tokens(batches, "old_logprobs")
         unlikely = ascending[math.ceil(config.proxy_delta * len(ascending)) - 1]
-        for batch in batches:
-            batch["kl_mask"] = (batch["old_logprobs"] <= unlikely) & (batch["advantage"] < 0)
-            batch["kl_mask"] &= batch["ref_logprobs"].isfinite()
-    if config.entropy_fraction < 1 and batches:
+    if config.entropy_fraction < 1:
         ascending = sort_all_tokens(batches, "entropy")
         forking = ascending[-max(1, int(config.entropy_fraction * len(ascending)))]
-        for batch in batches:
+    for batch in batches:
+        if config.proxy_kappa:
+            batch["kl_mask"] = (batch["old_logprobs"] <= unlikely) & (batch["advantage"] < 0)
+            batch["kl_mask"] &= batch["ref_logprobs"].isfinite()
+        if config.entropy_fraction < 1:
             batch["loss_mask"] = batch["mask"] & (batch["entropy"] >= forking)
 
 
@@ -325,7 +324,7 @@ def sort_all_tokens(batches: list[dict], name: str) -> torch.Tensor:
     """Return a value of all response tokens of the step on all ranks, sorted. Lengths are known on
     the host: nothing is read from the device."""
     values = torch.cat([batch[name].flatten()[batch["places"]] for batch in batches])
-    lengths = gather([len(values)])
+    lengths = ranks.gather([len(values)])
     if len(lengths) > 1:
         values = nn.functional.pad(values, (0, max(lengths) - len(values)), value=torch.inf)
         parts = [torch.empty_like(values) for _ in lengths]
@@ -334,89 +333,74 @@ def sort_all_tokens(batches: list[dict], name: str) -> torch.Tensor:
     return values.sort().values[: sum(lengths)]
 
 
-def rho_at(step: int, config: Config) -> dict[str, float]:
-    """Return A3PO's weights at a 0-based training step."""
-    when = (step, config.decay_rate, config.decay)
-    return dict(rho_positive=decayed_rho(config.rho_positive, *when),
-                rho_negative=decayed_rho(config.rho_negative, *when))
+NO_SCALING = torch.amp.GradScaler(enabled=False)  # only fp16 wants its loss scaled
 
 
-def update(policy, optimizer, mini_batches: list[list[dict]], config: Config, rho: dict) -> dict:
+def update(policy, optimizer, mini_batches: list[list[dict]], config: Config, rho: dict,
+           scaler: torch.amp.GradScaler = NO_SCALING) -> dict[str, float]:
     """Take one optimiser step per mini-batch; return diagnostics, most of them means over tokens.
 
     The loss is divided by the token (or response) count of the whole mini-batch over all ranks, so
     the gradient is the same for any split into micro-batches and any number of ranks.
     """
-    c, history = config, []
+    history = []
     for micro_batches in mini_batches:
-        denominator, sums = count(micro_batches, c.loss_agg), {}
-        scale = optimizer.param_groups[0]["loss_scale"]
+        denominator, sums = loss_denominator(micro_batches, config.loss_agg), {}
         for batch in micro_batches:
             if not batch["trained"]:
                 continue
             logprobs, entropy, _ = policy(batch)  # (B, T)
-            if "old_logprobs" not in batch:  # one update a step: this is the policy that sampled
+            if is_on_policy(config):
                 batch |= dict(old_logprobs=logprobs.detach(), entropy=entropy.detach())
             advantages = shape_advantages(
-                batch["advantage"], batch["correct"], batch["old_logprobs"], batch["mask"],
-                token_fraction=c.token_fraction, positive_weight=c.positive_weight,
-                negative_weight=c.negative_weight, positive_cell=c.positive_cell,
-                negative_cell=c.negative_cell, entropy=batch["entropy"], **rho,
+                batch["advantage"], batch["correct"], batch["old_logprobs"], batch["mask"], **rho,
+                token_fraction=config.token_fraction, positive_weight=config.positive_weight,
+                negative_weight=config.negative_weight, positive_cell=config.positive_cell,
+                negative_cell=config.negative_cell, entropy=batch["entropy"],
             )  # (B, T)
             batch |= dict(logprobs=logprobs.detach(), shaped=advantages)  # for RunFolder.log_tokens
             loss, stats = policy_loss(
                 logprobs, batch["old_logprobs"], advantages, batch["loss_mask"],
-                clip_low=c.clip_low, clip_high=c.clip_high, dual_clip=c.dual_clip,
-                rollout_logprobs=batch["rollout_logprobs"], tis_cap=c.tis_cap,
-                ref_logprobs=batch.get("ref_logprobs"), kl_coef=c.kl_coef,
-                kl_mask=batch.get("kl_mask"), loss_agg=c.loss_agg, denominator=denominator,
-                max_length=c.max_response_length,
+                clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
+                rollout_logprobs=batch["rollout_logprobs"], tis_cap=config.tis_cap,
+                ref_logprobs=batch.get("ref_logprobs"), kl_coef=config.kl_coef,
+                kl_mask=batch.get("kl_mask"), loss_agg=config.loss_agg, denominator=denominator,
+                max_length=config.max_response_length,
             )
             # FSDP and DDP average over ranks; we want the sum
-            (loss * (world_size() * scale)).backward()
-            add(sums, stats | dict(loss=loss.detach(), tokens=batch["loss_mask"].sum()))
-        if not sums:  # nothing to learn from here, on any rank
-            continue
-        norm = clip_gradients(policy, c.max_grad_norm, scale)
-        sums = read(sums | dict(max_grad_norm=norm))
-        finite = math.isfinite(sums["max_grad_norm"])  # the norm is global, so all ranks agree
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad()
-        adjust_scale(optimizer, finite)
-        history.append(sums)
+            scaler.scale(loss * world_size()).backward()
+            accumulate(sums, stats | dict(loss=loss.detach(), tokens=batch["loss_mask"].sum()))
+        if sums:  # else there is nothing to learn from here, on any rank
+            scaler.unscale_(optimizer)
+            norm = clip_gradients(policy, config.max_grad_norm)
+            history.append(reduce_over_ranks(sums | dict(max_grad_norm=norm)))
+            step_or_skip(optimizer, scaler, history[-1]["max_grad_norm"])
     return diagnose(history, len(mini_batches))
 
 
-def clip_gradients(policy, max_norm: float, scale: float) -> torch.Tensor:
-    """Divide the gradients by the loss scale, which keeps small ones in fp16; clip them; return
-    their norm before that."""
-    if scale != 1:
-        for parameter in policy.parameters():
-            if parameter.grad is not None:
-                parameter.grad.div_(scale)
+def clip_gradients(policy, max_norm: float) -> torch.Tensor:
+    """Clip the gradients of all ranks together; return their norm before that."""
     norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def adjust_scale(optimizer, finite: bool) -> None:
-    """Halve fp16's loss scale after a gradient that overflowed, double it after 200 that did not.
-    Raises UsageError after the tenth in a row where that is no help."""
-    group = optimizer.param_groups[0]
-    if finite:
-        group["skipped"], group["good_updates"] = 0, group["good_updates"] + 1
-        if group["loss_scale"] > 1 and group["good_updates"] % 200 == 0:
-            group["loss_scale"] *= 2
-        return
-    group["skipped"], group["good_updates"] = group["skipped"] + 1, 0
-    if group["loss_scale"] > 1:
-        group["loss_scale"] /= 2
-    elif group["skipped"] >= 10:
-        raise UsageError("ten gradients in a row were not finite: the weights may be damaged. Go "
-                         "back to a checkpoint, with a lower --lr or --max_grad_norm")
+def step_or_skip(optimizer, scaler: torch.amp.GradScaler, norm: float) -> None:
+    """Take the step if the gradient is finite; the norm is global, so all ranks agree. Raises
+    UsageError after ten in a row that are not, if no smaller loss scale (fp16) can help."""
+    state = optimizer.param_groups[0]  # is saved
+    if math.isfinite(norm):
+        scaler.step(optimizer)
+        state["skipped"] = 0
+    else:
+        state["skipped"] += 1
+        if state["skipped"] >= 10 and scaler.get_scale() <= 1:
+            raise UsageError("ten gradients in a row were not finite: the weights may be damaged. "
+                             "Go back to a checkpoint, with a lower --lr or --max_grad_norm")
+    scaler.update()
+    optimizer.zero_grad()
 
 
-def count(micro_batches: list[dict], loss_agg: str) -> torch.Tensor:
+def loss_denominator(micro_batches: list[dict], loss_agg: str) -> torch.Tensor:
     """Return the denominator of a mini-batch's loss: its tokens (token-mean) or its responses, on
     all ranks. Samples without a gradient, dead groups among them, count too."""
     if loss_agg == "token-mean":
@@ -426,25 +410,6 @@ def count(micro_batches: list[dict], loss_agg: str) -> torch.Tensor:
     if world_size() > 1:
         dist.all_reduce(n)
     return n
-
-
-def add(sums: dict[str, torch.Tensor], more: dict[str, torch.Tensor]) -> None:
-    """Add `more` to `sums`; of names that start with max_ keep the larger."""
-    for name, value in more.items():
-        combine = torch.maximum if name.startswith("max_") else torch.add
-        sums[name] = combine(sums[name], value) if name in sums else value
-
-
-def read(sums: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Combine scalars of all ranks as `add` does, and read them from the device: at once, for each
-    read waits for it. All ranks have the same names."""
-    largest = [name for name in sums if name.startswith("max_")]
-    names = largest + [name for name in sums if name not in largest]
-    values = torch.stack([sums[name].double() for name in names])
-    if world_size() > 1:
-        dist.all_reduce(values[: len(largest)], dist.ReduceOp.MAX)
-        dist.all_reduce(values[len(largest) :], dist.ReduceOp.SUM)
-    return dict(zip(names, values.tolist(), strict=True))
 
 
 def diagnose(history: list[dict[str, float]], mini_batches: int) -> dict[str, float]:
@@ -479,28 +444,27 @@ def sample_groups(engine, tokenizer, judge, sampler, config: Config, seconds: di
     that is used, so the rest come again in the next step: choosing those that end first would
     favour short answers.
     """
-    c, live, drawn = config, [], []
+    live, drawn, wanted = [], [], config.prompts_per_step
     share = sampler.dead_share or 0.0  # nothing is known before the first step
-    for attempt in range(1 + (c.max_refills if c.dynamic_sampling else 0)):
-        missing = c.prompts_per_step - len(live)
-        most = (1 + c.max_refills) * c.prompts_per_step - len(drawn)
+    for attempt in range(1 + (config.max_refills if config.dynamic_sampling else 0)):
+        missing = wanted - len(live)
+        most = (1 + config.max_refills) * wanted - len(drawn)
         if missing <= 0 or most <= 0:
             break
         draws = sampler.next(min(draws_for(missing, share), most))
-        new = sample_draws(engine, tokenizer, judge, draws, c, seconds, attempt)
+        new = sample_draws(engine, tokenizer, judge, draws, config, seconds, attempt)
         for (draw, _), group in zip(draws, new, strict=True):
-            if is_live(group) or not c.dynamic_sampling:
+            if is_live(group) or not config.dynamic_sampling:
                 live.append((draw, group))
         drawn += new
         check_grades(new)
         share = 1 - len(live) / len(drawn)
-    before = share if sampler.dead_share is None else sampler.dead_share
-    sampler.dead_share = 0.8 * before + 0.2 * share  # it changes slowly, one step's is noisy
-    if len(live) >= c.prompts_per_step:
-        sampler.cursor = live[c.prompts_per_step - 1][0] + 1
+    sampler.note_dead(share)
+    if len(live) >= wanted:
+        sampler.rewind(live[wanted - 1][0] + 1)
     if not any(map(is_live, drawn)):
-        say(no_signal(drawn, config))
-    return [group for _, group in live[: c.prompts_per_step]], drawn
+        say(no_signal(drawn, config.reward))
+    return [group for _, group in live[:wanted]], drawn
 
 
 def draws_for(missing: int, dead_share: float) -> int:
@@ -510,30 +474,29 @@ def draws_for(missing: int, dead_share: float) -> int:
     return math.ceil((missing + spare) / max(1 - dead_share, 1e-3))
 
 
-def sample_draws(engine, tokenizer, judge, draws, config: Config, seconds, attempt: int):
+def sample_draws(engine, tokenizer, judge, draws: list[tuple[int, Prompt]], config: Config,
+                 seconds: dict[str, float], attempt: int) -> list[list[Sample]]:
     """Return a group of graded samples for each (draw, prompt), on all ranks."""
-    mine = dict(rollout.sample(
+    mine = rollout.sample(
         engine, tokenizer, judge, [prompt for _, prompt in draws], config.group_size,
         [rollout.request_seed("train", config.seed, draw) for draw, _ in draws],
         max_tokens=config.max_response_length, temperature=config.temperature, seconds=seconds,
         progress=f"rollouts (refill {attempt})" if attempt else "rollouts",
-    ))
-    for sample in sum(mine.values(), []):
-        sample.prompt = None  # other ranks have it, and the tests of a program can be megabytes
-    found = dict(gather(list(mine.items())))
+    )
+    found = dict(ranks.gather(list(mine)))
     for i, (_, prompt) in enumerate(draws):
         for sample in found[i]:
             sample.prompt = prompt
     return [found[i] for i in range(len(draws))]
 
 
-def no_signal(groups: list[list[Sample]], config: Config) -> str:
+def no_signal(groups: list[list[Sample]], reward: str) -> str:
     """Return what to say of a step from which nothing can be learned; UsageError if the reward
-    function failed for all of it."""
-    grades = [sample.grade for sample in sum(groups, [])]
+    function, named so in --reward, failed for all of it."""
+    grades = [sample.grade for sample in chain(*groups)]
     first = next((f", first: {grade.detail}" for grade in grades if grade.detail), "")
     if all(map(reward_failed, grades)):
-        raise UsageError(f"--reward {config.reward} failed for all {len(grades)} responses{first}")
+        raise UsageError(f"--reward {reward} failed for all {len(grades)} responses{first}")
     statuses = Counter(grade.status for grade in grades if grade.status != "ok")
     why = "".join(f", {n} {status}" for status, n in statuses.most_common())
     right = sum(bool(grade.correct) for grade in grades)
@@ -544,26 +507,16 @@ def no_signal(groups: list[list[Sample]], config: Config) -> str:
 def check_grades(groups: list[list[Sample]]) -> None:
     """Raise UsageError if graders failed for a tenth of the responses: all of these are wrong to
     the trainer, and it would learn from that."""
-    grades = [sample.grade for sample in sum(groups, [])]
+    grades = [sample.grade for sample in chain(*groups)]
     failed = [g for g in grades if g.status == "error" and g.reward is None]
     if 10 * len(failed) > len(grades):
         raise UsageError(f"the graders failed for {len(failed)} of {len(grades)} responses, first: "
                          f"{failed[0].detail}. Has this machine no memory or processes left?")
 
 
-def reward_failed(grade: Grade) -> bool:
-    """Return whether --reward raised, was late or gave no number: `rollout` marks that with nan."""
-    return grade.reward is not None and math.isnan(grade.reward)
-
-
-def is_live(group: list[Sample]) -> bool:
-    """Return whether the group's rewards differ: else its advantages are all 0."""
-    return len({sample.reward for sample in group}) > 1
-
-
 def rewards_of(groups: list[list[Sample]], config: Config) -> torch.Tensor:
-    """Return the rewards of all samples in order, with the overlong penalty."""
-    samples = sum(groups, [])
+    """Return the rewards of all samples in order, with the overlong penalty: (B,)."""
+    samples = list(chain(*groups))
     rewards = torch.tensor([sample.reward for sample in samples])
     if config.overlong_buffer:
         lengths = torch.tensor([len(sample.ids) for sample in samples])
@@ -573,7 +526,7 @@ def rewards_of(groups: list[list[Sample]], config: Config) -> torch.Tensor:
 
 def set_advantages(groups: list[list[Sample]], config: Config) -> None:
     """Give each sample its advantage: its reward against its group's, or +1 / -1 ("raw")."""
-    samples = sum(groups, [])
+    samples = list(chain(*groups))
     if config.advantage == "raw":
         advantages = [1.0 if sample.grade.correct else -1.0 for sample in samples]
     else:
@@ -583,125 +536,48 @@ def set_advantages(groups: list[list[Sample]], config: Config) -> None:
         sample.advantage = advantage
 
 
-def rollout_metrics(groups: list[list[Sample]], config: Config) -> dict[str, float]:
-    """Describe what was sampled, dead groups included."""
-    samples = sum(groups, [])
-    lengths = np.array([len(s.ids) for s in samples])
-    correct = np.array([bool(s.grade.correct) for s in samples])
-    judged = any(s.grade.correct is not None for s in samples)
-    failed = sum(reward_failed(s.grade) for s in samples)
-    statuses = [s.grade.status for s in samples]
-    kinds = np.array([s.prompt.problem.kind for s in samples])
-    rewards, by_kind = rewards_of(groups, config).double(), {}
-    for kind in sorted({*kinds}) if len({*kinds}) > 1 else ():
-        by_kind[f"reward_{kind}"] = rewards[kinds == kind].mean().item()
-        by_kind[f"accuracy_{kind}"] = correct[kinds == kind].mean() if judged else None
-    return dict(
-        reward=rewards.mean().item(),
-        accuracy=correct.mean() if judged else None,
-        **by_kind,
-        **(dict(reward_errors=failed) if config.reward else {}),
-        response_length=lengths.mean(),
-        response_length_positive=lengths[correct].mean() if correct.any() else None,
-        response_length_negative=lengths[~correct].mean() if not correct.all() else None,
-        truncated=np.mean([s.finish_reason == "length" for s in samples]),
-        no_answer=statuses.count("no_answer") / len(samples),
-        **{f"grader_{x}": statuses.count(x) for x in ("timeout", "error", "bad_reference")},
-        groups_drawn=len(groups),
-        surplus_groups=max(0, sum(map(is_live, groups)) - config.prompts_per_step),
-        dead_groups=1 - np.mean([is_live(group) for group in groups]),
-        dead_all_correct=correct.reshape(len(groups), -1).all(1).mean(),
-        rollout_tokens=int(lengths.sum()),
-    )
-
-
-def token_metrics(mini_batches: list[list[dict]]) -> dict[str, float]:
-    """Return the entropy (nats) by polarity and the mismatch |log p_vLLM - log p_trainer| of the
-    tokens that the policy has scored, over all ranks."""
-    zero = torch.zeros((), dtype=torch.float64)
-    sums = dict.fromkeys(("n_pos", "n_neg", "entropy_pos", "entropy_neg", "gap", "max_gap"), zero)
-    for batch in sum(mini_batches, []):
-        if "old_logprobs" not in batch:  # without a gradient, in an on-policy step
-            continue
-        positive = batch["mask"] & batch["correct"][:, None]
-        negative = batch["mask"] & ~batch["correct"][:, None]
-        gap = (batch["old_logprobs"] - batch["rollout_logprobs"]).abs()  # 0 in the padding
-        add(sums, dict(
-            n_pos=positive.sum(), entropy_pos=(batch["entropy"] * positive).sum(),
-            n_neg=negative.sum(), entropy_neg=(batch["entropy"] * negative).sum(),
-            gap=gap.sum(), max_gap=gap.max(),
-        ))  # fmt: skip
-    x = read(sums)
-    n = x["n_pos"] + x["n_neg"]
-    return dict(
-        entropy=(x["entropy_pos"] + x["entropy_neg"]) / n if n else None,
-        entropy_positive=x["entropy_pos"] / x["n_pos"] if x["n_pos"] else None,
-        entropy_negative=x["entropy_neg"] / x["n_neg"] if x["n_neg"] else None,
-        mismatch_mean=x["gap"] / n if n else None,
-        mismatch_max=x["max_gap"] if n else None,
-    )
-
-
 # ---- training -----------------------------------------------------------------------------------
 
 
 def load_inputs(config: Config):
     """Return tokenizer, prompt sampler, held-out prompts and the judge that --reward names, or
     None; bad input is refused here. Rank 0 alone reads the data."""
-    c = config
     tokenizer, model_config = rollout.load_tokenizer(
-        c.model, c.max_prompt_length, c.max_response_length
-    )
-    check_model(c.model, model_config)
-    judge = rollout.judge_by_function(c.reward, c.grade_timeout) if c.reward else None
-    prompts, held_out = on_rank_0(lambda: read_prompts(c, tokenizer))
-    return tokenizer, rollout.PromptSampler(prompts, c.seed), held_out, judge
-
-
-def read_prompts(config: Config, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
-    """Return the prompts to train on, and the held-out ones."""
-    c = config
-    problems = load_problems(c.data, kind=c.kind, needs_answer=not c.reward)
-    prompts = rollout.encode_prompts(problems, tokenizer, c.template, c.max_prompt_length)
-    held_out, problems = [], []
-    for source in filter(None, c.eval_data.split(",")):
-        problems += load_problems(source.strip(), "test", kind=c.eval_kind)
-    if problems := evaluation.name_apart(problems):
-        held_out = rollout.encode_prompts(problems, tokenizer, c.template, c.max_prompt_length)
-    held_out = held_out[: c.eval_limit or None]
-    if c.reward and held_out:
-        say("held-out problems are judged by the built-in graders, not by --reward")
-    judged = held_out + ([] if c.reward else prompts)
-    if any(prompt.problem.kind == "code" for prompt in judged):
-        say(verify.protections(c.unsafe_code))
-    return prompts, held_out
+        config.model, config.max_prompt_length, config.max_response_length)
+    check_model(config.model, model_config)
+    judge = None
+    if config.reward:
+        judge = rollout.judge_by_function(config.reward, config.grade_timeout)
+    prompts, held_out = ranks.on_rank_0(lambda: read_prompts(config, tokenizer))
+    return tokenizer, rollout.PromptSampler(prompts, config.seed), held_out, judge
 
 
 def build(config: Config, device: str, kernel: str, precision: torch.dtype | None):
     """Return policy, its inner model, the frozen reference (with KL only) and the optimiser. The
     weights are float32, computed with in `precision`."""
-    c = config
     say("loading the model")
-    head = dict(temperature=c.temperature, head_chunk=c.head_chunk, proxy_kappa=c.proxy_kappa,
-                autocast=precision if c.parallel == "ddp" else None)
-    model = load_model(c.model, kernel, c.gradient_checkpointing)
-    policy = distribute(Policy(model, **head), c.parallel, device, precision, c.shard_ranks)
+    shards, sharded = config.shard_ranks, config.parallel == "fsdp"
+    head = dict(temperature=config.temperature, head_chunk=config.head_chunk,
+                proxy_kappa=config.proxy_kappa, autocast=None if sharded else precision)
+    model = load_model(config.model, kernel, config.gradient_checkpointing)
+    policy = distribute(Policy(model, **head), config.parallel, device, precision, shards)
     reference = None
-    if c.kl_coef and not c.proxy_kappa:
-        reference = Policy(load_model(c.model, kernel).requires_grad_(False), **head)
-        if c.parallel == "fsdp":  # DDP refuses a model without gradients, and needs none
-            reference = distribute(reference, "fsdp", device, precision, c.shard_ranks)
+    if config.kl_coef and not config.proxy_kappa:
+        reference = Policy(load_model(config.model, kernel).requires_grad_(False), **head)
+        if sharded:  # DDP refuses a model without gradients, and needs none
+            reference = distribute(reference, "fsdp", device, precision, shards)
         reference = reference.to(device).float()
-    optimizer = torch.optim.AdamW(policy.parameters(), c.lr, (0.9, c.adam_beta2),
-                                  weight_decay=c.weight_decay)
-    optimizer.param_groups[0].update(  # saved with the optimiser's state
-        loss_scale=2.0**16 if precision == torch.float16 else 1.0, good_updates=0, skipped=0)
+    if device != "cpu":
+        card = torch.cuda.get_device_properties(0).total_memory
+        say(check_memory(policy, reference, config.gpu_memory, card))
+    optimizer = torch.optim.AdamW(policy.parameters(), config.lr, (0.9, config.adam_beta2),
+                                  weight_decay=config.weight_decay)
+    optimizer.param_groups[0]["skipped"] = 0  # see step_or_skip
     return policy, model, reference, optimizer
 
 
-def precision_of(config: Config, device: str) -> torch.dtype | None:
+def precision_of(name: str, device: str) -> torch.dtype | None:
     """Return the 16 bits in which --precision computes, None for float32."""
-    name = config.precision
     if name == "auto":
         name = "fp32" if device == "cpu" else "bf16"
     if name == "fp32" and device != "cpu":
@@ -715,58 +591,51 @@ def is_due(step: int, every: int, last: int) -> bool:
     return step in (0, last) or (every > 0 and step % every == 0)
 
 
-def set_lr(optimizer, step: int, config: Config) -> float:
+def rho_at(step: int, config: Config) -> dict[str, float]:
+    """Return A3PO's weights at a 0-based training step."""
+    when = (step, config.decay_rate, config.decay)
+    return dict(rho_positive=decayed_rho(config.rho_positive, *when),
+                rho_negative=decayed_rho(config.rho_negative, *when))
+
+
+def set_lr(optimizer, lr: float, step: int, warmup_steps: int) -> float:
     """Set and return the learning rate of a 0-based step: warm-up is linear."""
-    lr = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    lr *= min(1.0, (step + 1) / max(warmup_steps, 1))
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = lr
     return lr
-
-
-def join(config: Config, run: RunFolder) -> str:
-    """Join the group, before anything can fail on one rank alone; return this rank's device. On
-    GPUs, say how the run fits into them; UsageError on all ranks if it does not."""
-    device = init_distributed()
-    run.agree()
-    if device != "cpu":
-        from shelf import plan
-
-        say("measuring what an update needs")
-        gpu = torch.cuda.get_device_properties(0).total_memory
-        say(on_rank_0(lambda: plan.check_run(config, gpu, world_size())))
-    return device
 
 
 def start_engine(config: Config, tokenizer, model, precision: torch.dtype | None,
                  prompts: list[Prompt], resumed: bool) -> rollout.Engine:
     """Return vLLM with the policy's weights; it answers the prompts to see that it can sleep."""
-    c = config
     say("starting vLLM")
     engine = rollout.Engine(
-        c.model, tokenizer, max_num_seqs=c.max_num_seqs, gpu_memory=c.gpu_memory, seed=c.seed,
-        max_model_len=c.max_prompt_length + c.max_response_length,
-        dtype=precision or torch.float32, template=c.template,
+        config.model, tokenizer, max_num_seqs=config.max_num_seqs, gpu_memory=config.gpu_memory,
+        max_model_len=config.max_prompt_length + config.max_response_length, seed=config.seed,
+        dtype=precision or torch.float32, template=config.template,
     )
     if resumed:
-        sync(engine, model, precision)
+        engine.sync(full_weights(model, precision))
     check_sleep(engine, model, precision, prompts)
     return engine
 
 
 def train(config: Config, run: RunFolder) -> None:
     """Sample, score, update and sync, config.steps times."""
-    if config.check:
-        load_inputs(config)
-        return say("flags, data and model can be used")
-    device = join(config, run)
+    device = ranks.init_distributed()  # before anything can fail on one rank alone
+    run.agree()
     tokenizer, sampler, held_out, judge = load_inputs(config)
-    kernel, precision = "grids" if device == "cpu" else "varlen", precision_of(config, device)
+    kernel = "grids" if device == "cpu" else "varlen"
+    precision = precision_of(config.precision, device)
     policy, model, reference, optimizer = build(config, device, kernel, precision)
+    scaler = torch.amp.GradScaler(device.partition(":")[0], growth_interval=200,
+                                  enabled=precision == torch.float16)
     checkpoints = Checkpoints(run.checkpoints, policy, model, optimizer, tokenizer,
-                              dtype=precision or torch.float32, keep=config.keep_checkpoints)
-    checkpoints.announce(config.steps, config.save_every)
+                              precision or torch.float32, config.keep_checkpoints)
     start, state = checkpoints.resume() if config.resume else (0, {})
     sampler.restore(state)
+    scaler.load_state_dict(state.get("loss_scale") or scaler.state_dict())
     engine = start_engine(config, tokenizer, model, precision, sampler.prompts[:4], start > 0)
     run.open(start)
 
@@ -786,28 +655,29 @@ def train(config: Config, run: RunFolder) -> None:
             set_advantages(groups, config)
             engine.sleep()
             if step == start:
-                show_example(drawn[0][0], tokenizer)
+                rollout.show_example(drawn[0][0], tokenizer)
             # Score: what the policy that sampled says of each token, before it changes
             with timed(seconds, "score"):
                 mini_batches = make_batches(groups, config, step, device, kernel)
                 score(policy, reference, mini_batches, config)
-            if step - start < 2:  # before the first update, and after the first sync
-                check_agreement(policy, mini_batches, 0.2 if precision else 1e-3)
+                mask_by_the_whole_batch(mini_batches, config)
             # Update: one optimiser step per mini-batch, with A3PO's weights of this step
             with timed(seconds, "update"):
-                rho, lr = rho_at(step, config), set_lr(optimizer, step, config)
-                diagnostics = update(policy, optimizer, mini_batches, config, rho)
+                rho = rho_at(step, config)
+                lr = set_lr(optimizer, config.lr, step, config.warmup_steps)
+                diagnostics = update(policy, optimizer, mini_batches, config, rho, scaler)
             # Sync: vLLM samples the next step from the new policy
             with timed(seconds, "sync"):
-                sync(engine, model, precision)
-
-            metrics = dict(step=step) | rollout_metrics(drawn, config) | token_metrics(mini_batches)
-            run.log_step(metrics | diagnostics | seconds | rho | dict(lr=lr))
-            run.log_rollouts(step, drawn, config.log_rollouts)
+                engine.sync(full_weights(model, precision))
+            sampled = rollout_metrics(drawn, rewards_of(drawn, config), config.prompts_per_step)
+            metrics = dict(step=step) | sampled | token_metrics(mini_batches) | diagnostics
+            run.log_step(metrics | seconds | rho | dict(lr=lr))
+            run.log_rollouts(step, drawn)
             run.log_tokens(step, groups, mini_batches, tokenizer)
+            check_agreement(metrics, precision)
             stop = run.asked_to_stop()
             if stop or is_due(step + 1, config.save_every, config.steps):
-                run.saved = checkpoints.save(step + 1, sampler.state()) or run.saved
+                checkpoints.save(step + 1, sampler.state() | dict(loss_scale=scaler.state_dict()))
             if stop:
                 return
     run.finish()
@@ -823,20 +693,6 @@ def run_eval(engine, tokenizer, judge, prompts: list[Prompt], config: Config) ->
     )[0]
 
 
-def announce(config: Config, argv: list[str]) -> None:
-    """Say what will run, and which of the demo's values stay with a user's own model or data."""
-    other = {"paper": "the demo: --setting demo", "demo": "the paper's: --setting paper"}
-    say(f"{config.preset} in the {config.setting} setting: {config.model} on {config.data}, "
-        f"{config.steps} steps of {config.prompts_per_step} x {config.group_size} responses, "
-        f"{world_size()} rank(s). For {other[config.setting]}")
-    demo, names = SETTINGS["demo"], ("max_prompt_length", "max_response_length", "lr", "eval_data")
-    given = {flag.partition("=")[0] for flag in argv}
-    kept = [f"--{name} {demo[name]}" for name in names if f"--{name}" not in given]
-    own = (config.model, config.data) != (demo["model"], demo["data"])
-    if config.setting == "demo" and own and kept:
-        say(f"NOTE: made for the demo, and not changed for your own: {', '.join(kept)}")
-
-
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if "--dry_run" in argv:
@@ -846,9 +702,14 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours are enough
     config, run = parse_args(argv), None
     try:
-        announce(config, argv)
+        say(f"{config.preset} in the {config.setting} setting: {config.model} on {config.data}, "
+            f"{config.steps} steps of {config.prompts_per_step} x {config.group_size} responses of "
+            f"at most {config.max_response_length} tokens, lr {config.lr}, {world_size()} rank(s)")
         check_config(config)
-        run = RunFolder(dataclasses.asdict(config))
+        run = RunFolder(config)
+        if config.check:
+            load_inputs(config)
+            return say("flags, data and model can be used")
         run.end_at_sigterm()
         train(config, run)
     except UsageError as error:
@@ -862,9 +723,9 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         if rank() == 0:
             print(run.where() if run else "interrupted", file=sys.stderr)
-        leave(130)
+        ranks.leave(130)
 
 
 if __name__ == "__main__":
     main()
-    leave()
+    ranks.leave()

@@ -24,6 +24,7 @@ test.jsonl ... test6.jsonl.
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import re
 import sys
@@ -36,10 +37,11 @@ import numpy as np
 import rollout
 import verify
 from rollout import Problem, Prompt, Sample
-from shelf.data import read_rows, to_problem
+from shelf.data import name_apart, read_rows, to_problem
 from shelf.folder import append_records, environment, folder_path, keep_records, replace_file
+from shelf.metrics import glossary
 from shelf.ranks import UsageError, gather, init_distributed, leave, rank, say, world_size
-from shelf.report import KEPT, compare, glossary, plot_runs, results_table
+from shelf.report import KEPT, compare, plot_runs, results_table
 from verify import Graders
 
 HERE = Path(__file__).resolve().parent
@@ -128,13 +130,6 @@ def load_benchmark(name: str, bench: Benchmark, args: argparse.Namespace) -> lis
     if rows > len(problems):
         say(f"{name}: {rows - len(problems)} of {rows} rows repeat a problem and were dropped")
     return name_apart(list(problems.values())[: args.limit or None])
-
-
-def name_apart(problems: list[Problem]) -> list[Problem]:
-    """Return the problems with distinct ids, under which `evaluate` files their samples."""
-    if len({problem.id for problem in problems}) == len(problems):
-        return problems
-    return [dataclasses.replace(p, id=f"{p.id}#{i}") for i, p in enumerate(problems)]
 
 
 # ---- numbers ------------------------------------------------------------------------------------
@@ -290,8 +285,8 @@ class OutputFolder:
             left = keep_records(self.path / "samples.jsonl")
         samples = {(r["benchmark"], r["seed"]): r for r in gather(left)}
         done: dict[str, dict] = {name: {} for name in prompts}
-        for name, group in prompts.items():
-            for prompt in group:
+        for name, asked in prompts.items():
+            for prompt in asked:
                 first = problem_seed(seed, prompt)
                 records = [samples.get((name, first + j)) for j in range(counts[name])]
                 if all(records):
@@ -334,6 +329,20 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def fingerprint(model: str) -> str:
+    """Return a hash of a local model's weights: of its files' names, sizes and parts; "" for a hub
+    model."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(model).glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for part in range(8):  # the first is at the start, the last at the end
+                file.seek(max(size - (1 << 16), 0) * part // 7)
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()[:16] if Path(model).is_dir() else ""
+
+
 def check_args(args: argparse.Namespace) -> dict[str, Benchmark]:
     """Return the benchmarks asked for; UsageError for what cannot work."""
     names = [name for name in args.benchmarks.split(",") if name] or ["demo"] * (not args.data)
@@ -372,10 +381,10 @@ def run(args: argparse.Namespace) -> None:
         problems = load_benchmark(name, bench, args)
         prompts[name] = rollout.encode_prompts(problems, tokenizer, args.template, sys.maxsize)
     counts = {name: args.n or bench.n for name, bench in benches.items()}
-    args.weights = rollout.fingerprint(args.model)
+    args.weights = fingerprint(args.model)
     out = OutputFolder(args.out, vars(args))
     about = dict(device=init_distributed(), ranks=world_size(), **environment())
-    kinds = {prompt.problem.kind for group in prompts.values() for prompt in group}
+    kinds = {prompt.problem.kind for asked in prompts.values() for prompt in asked}
     if "code" in kinds:
         about["sandbox"] = verify.protections(args.unsafe_code)
         say(about["sandbox"])
@@ -386,7 +395,7 @@ def run(args: argparse.Namespace) -> None:
     say(f"{args.model}: {total} problems ({old} were finished before), {about['ranks']} rank(s)")
     engine = None
     if old < total:
-        longest = max(len(prompt.ids) for group in prompts.values() for prompt in group)
+        longest = max(len(prompt.ids) for asked in prompts.values() for prompt in asked)
         engine = rollout.Engine(
             args.model, tokenizer, seed=args.seed,
             max_model_len=min(config.max_position_embeddings, longest + args.max_response_length),

@@ -209,10 +209,10 @@ def attention_layout(
     order = np.argsort(-lengths, kind="stable")
     while len(order):
         longest = lengths[order[0]]
-        group = order[lengths[order] > 0.75 * longest]
-        order = order[len(group) :]
-        inside = np.arange(longest) < lengths[group, None]
-        source = np.minimum(bounds[group, None] + np.arange(longest), len(index) - 1)
+        similar = order[lengths[order] > 0.75 * longest]
+        order = order[len(similar) :]
+        inside = np.arange(longest) < lengths[similar, None]
+        source = np.minimum(bounds[similar, None] + np.arange(longest), len(index) - 1)
         grids.append(torch.from_numpy(index[source]).to(device))
         place[source[inside]] = size + np.flatnonzero(inside)
         size += inside.size

@@ -1,5 +1,5 @@
-"""From a problem to graded responses: Problem, Prompt, Sample. Read from the top: ranks, prompts,
-the vLLM engine, sampling. data.py makes the problems.
+"""From a problem to graded responses: Problem, Prompt, Sample. Read from the top: prompts, the vLLM
+engine, sampling and grading. shelf/data.py makes the problems.
 
 Training and evaluation read the same data formats and use the same template, engine and sampler.
 vLLM is imported only when an `Engine` is built.
@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -152,6 +151,15 @@ class PromptSampler:
     def restore(self, state: dict) -> None:
         self.cursor, self.dead_share = state.get("cursor", 0), state.get("dead_share")
 
+    def note_dead(self, share: float) -> None:
+        """Take in a step's share of dead prompts; slowly, for one step's is noisy."""
+        before = share if self.dead_share is None else self.dead_share
+        self.dead_share = 0.8 * before + 0.2 * share
+
+    def rewind(self, draw: int) -> None:
+        """Let `draw` be the next one, again: those from it on were not used."""
+        self.cursor = draw
+
     def next(self, n: int) -> list[tuple[int, Prompt]]:
         """Return the next n prompts, each with its draw index, unique over the whole run."""
         drawn = []
@@ -178,9 +186,10 @@ def request_seed(*key: object) -> int:
 class Sample:
     """One response to a prompt: token ids (the stop token included) and the log-probability with
     which vLLM sampled each, both (T,); finish_reason is "stop" or "length" (truncated). `sample`
-    adds text, grade and reward, training the advantage."""
+    adds text, grade and reward; training adds the prompt, where the responses of all ranks come
+    together (each rank has it, and the tests of a program can be megabytes), and the advantage."""
 
-    prompt: Prompt
+    prompt: Prompt | None
     ids: np.ndarray
     logprobs: np.ndarray
     finish_reason: str
@@ -194,20 +203,6 @@ class Sample:
         """Return the polarity: the grade's flag, or the advantage's sign where a reward function
         gave none."""
         return self.advantage > 0 if self.grade.correct is None else self.grade.correct
-
-
-def fingerprint(model: str) -> str:
-    """Return a hash of a local model's weights: of its files' names, sizes and parts; "" for a hub
-    model."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(model).glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for part in range(8):  # the first is at the start, the last at the end
-                file.seek(max(size - (1 << 16), 0) * part // 7)
-                digest.update(file.read(1 << 16))
-    return digest.hexdigest()[:16] if Path(model).is_dir() else ""
 
 
 def stop_token_ids(tokenizer, model: str, template: str = "auto") -> list[int]:
@@ -304,7 +299,7 @@ class Engine:
         from vllm.sampling_params import RequestOutputKind
 
         if self.asleep:
-            raise RuntimeError("the engine sleeps and its weights are gone: load_weights first")
+            raise RuntimeError("the engine sleeps and its weights are gone: sync first")
         common = dict(temperature=temperature, top_p=top_p, max_tokens=max_tokens, logprobs=0)
         common.update(stop_token_ids=self.stop_ids, flat_logprobs=True, detokenize=False)
         common.update(output_kind=RequestOutputKind.FINAL_ONLY)
@@ -321,12 +316,12 @@ class Engine:
                     i, response = int(output.request_id), output.outputs[0]
                     ids = np.array(response.token_ids, np.int32)
                     logprobs = np.array(response.logprobs.logprobs, np.float32)
-                    yield i, Sample(prompts[i // n], ids, logprobs, response.finish_reason)
+                    yield i, Sample(None, ids, logprobs, response.finish_reason)
 
     @of_vllm("to take the new weights")
-    def load_weights(self, named_tensors: Iterable[tuple[str, Any]]) -> None:
-        """Replace the weights by the trainer's, given in layer order under their Hugging Face
-        names; wakes the engine if it sleeps."""
+    def sync(self, named_tensors: Iterable[tuple[str, Any]]) -> None:
+        """Replace the weights by the trainer's (see model.full_weights), given in layer order under
+        their Hugging Face names; wake up if asleep. All ranks must call this."""
         if self.asleep:
             import torch
 
@@ -415,24 +410,8 @@ def sample(
     gets the time spent generating, and waiting for grades after that."""
     mine = range(rank() // engine.tensor_parallel, len(prompts),
                  world_size() // engine.tensor_parallel)
-    groups: dict[int, list] = {p: [None] * n for p in mine}
-    grades: dict[int, dict[int, Future]] = {p: {} for p in mine}
-    generated: list[int] = []  # prompts with n responses, whose grades may be missing
-
-    def graded(wait: bool) -> Iterator[tuple[int, list[Sample]]]:
-        for p in list(generated):
-            if wait or all(grade.done() for grade in grades[p].values()):
-                generated.remove(p)
-                for j, future in grades.pop(p).items():
-                    grade = groups[p][j].grade = future.result()
-                    reward = grade.correct if grade.reward is None else grade.reward
-                    groups[p][j].reward = float(reward)
-                worst = min((s.reward for s in groups[p] if s.reward == s.reward), default=0.0)
-                for response in groups[p]:
-                    if response.reward != response.reward:  # nan: the reward function failed
-                        response.reward = worst
-                yield p, groups.pop(p)
-
+    parts: dict[int, list] = {p: [] for p in mine}  # of each prompt: see `graded`
+    complete: list[int] = []  # prompts with n responses, whose grades may be missing
     responses = engine.generate([prompts[p] for p in mine], n, [seeds[p] for p in mine], **sampling)
     hidden = not progress or rank() != 0 or None  # None: shown on a terminal only
     with timed(seconds, "generate"):
@@ -440,12 +419,57 @@ def sample(
                                 delay=2):
             if rank() % engine.tensor_parallel:
                 continue
-            p, j = mine[i // n], i % n
+            p = mine[i // n]
             text = tokenizer.decode(response.ids, skip_special_tokens=True)
             response.text = prompts[p].opening + text
-            groups[p][j], grades[p][j] = response, judge(prompts[p].problem, response.text)
-            if len(grades[p]) == n:
-                generated.append(p)
-            yield from graded(wait=False)
+            parts[p].append((i % n, response, judge(prompts[p].problem, response.text)))
+            if len(parts[p]) == n:
+                complete.append(p)
+            for p in list(complete):
+                if all(grade.done() for _, _, grade in parts[p]):
+                    complete.remove(p)
+                    yield p, graded(parts.pop(p))
     with timed(seconds, "grade"):
-        yield from graded(wait=True)
+        for p in complete:
+            yield p, graded(parts.pop(p))
+
+
+def graded(parts: list[tuple[int, Sample, Future]]) -> list[Sample]:
+    """Return a prompt's samples, given as (index, sample, its future grade), in order and with
+    grades and rewards. Where the reward function failed, the reward is the lowest of the others."""
+    samples = []
+    for _, one, future in sorted(parts, key=lambda part: part[0]):
+        one.grade = future.result()
+        one.reward = float(one.grade.correct if one.grade.reward is None else one.grade.reward)
+        samples.append(one)
+    worst = min((s.reward for s in samples if not math.isnan(s.reward)), default=0.0)
+    for one in samples:
+        if math.isnan(one.reward):
+            one.reward = worst
+    return samples
+
+
+def is_live(group: list[Sample]) -> bool:
+    """Return whether the group's rewards differ: else its advantages are all 0."""
+    return len({sample.reward for sample in group}) > 1
+
+
+def reward_failed(grade: Grade) -> bool:
+    """Return whether --reward raised, was late or gave no number: `rollout` marks that with nan."""
+    return grade.reward is not None and math.isnan(grade.reward)
+
+
+def empty_sample() -> Sample:
+    """Return a response without tokens, for a rank that has none left."""
+    return Sample(Prompt(None, [0]), np.empty(0, np.int32), np.empty(0, np.float32), "stop",
+                  grade=Grade(False, None))
+
+
+def show_example(sample: Sample, tokenizer) -> None:
+    """Print one response with its mask, to see the template and where the loss applies."""
+    ids, grade, reference = sample.ids.tolist(), sample.grade, sample.prompt.problem.reference
+    say(f"--- one example: {len(sample.prompt.ids)} prompt tokens (mask 0), {len(ids)} response "
+        f"tokens (mask 1), finish reason {sample.finish_reason}\n"
+        f"[0] {tokenizer.decode(sample.prompt.ids)!r}\n[1] {tokenizer.decode(ids)!r}\n"
+        f"    extracted {grade.extracted!r}, reference {str(reference)[:200]!r}: "
+        f"{'correct' if grade.correct else 'incorrect'} ({grade.status})\n---")

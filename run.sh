@@ -89,7 +89,8 @@ case $command in
   test)
     install
     say "tests"
-    "$VENV/bin/python" -m pytest -q -m "not slow" tests "$@"  # of two -m the last counts
+    # of two -m the last counts; loadfile: what a file's tests share is made once
+    "$VENV/bin/python" -m pytest -q -n 2 --dist loadfile -m "not slow" tests "$@"
     ;;
   train)
     n=$(gpus)

@@ -1,11 +1,14 @@
 """Every knob of training with its default and source; the settings (job sizes), the presets
 (methods), the command line, and the values that are refused.
 
-Sources: [P] the paper, [C] its authors' code, [O] our reading where neither says.
+Sources: [P] the paper, [R] two public reading notes of its ACL version, [C] its authors' code, [O]
+our reading where none says.
 """
 
 import argparse
 import dataclasses
+from functools import partial
+from math import inf
 from pathlib import Path
 
 from shelf.ranks import UsageError, world_size
@@ -15,118 +18,115 @@ CELLS = ("low_prob", "high_prob", "low_entropy", "high_entropy")
 LOSS_AGGS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
 
-def opt(default, help: str, choices: tuple | None = None, group: str = ""):
-    """Describe a knob. group: the heading in --help of this one and those after it."""
-    return dataclasses.field(
-        default=default, metadata=dict(help=help, choices=choices, group=group))
+def opt(heading: str, default, help: str, choices: tuple | None = None, *, free: bool = False,
+        low: float = 0, above: float = -inf, high: float = inf, below: float = inf):
+    """Describe a knob: its heading in --help, default and help; the values it may have, by name or
+    low <= value <= high and above < value < below; whether a resumed run may change it (free)."""
+    return dataclasses.field(default=default, metadata=dict(
+        heading=heading, help=help, choices=choices, free=free, low=low, above=above, high=high,
+        below=below))
+
+
+what = partial(opt, "what to run")
+batch = partial(opt, "batch")
+rollouts = partial(opt, "rollouts")
+adv = partial(opt, "advantages")
+loss = partial(opt, "loss")
+adam = partial(opt, "optimiser")
+device = partial(opt, "devices")
+log = partial(opt, "evaluation, checkpoints, logs", free=True)
 
 
 @dataclasses.dataclass
 class Config:
     """Every knob. The defaults are the paper's setting for Qwen3-8B-Base."""
 
-    preset: str = opt("a3po", "the method: a set of the fields below; listed at the end",
-                      group="what to run")
-    setting: str = opt("auto", "size of the job: paper, demo, or auto = paper on a GPU, else demo",
-                       ("auto", "paper", "demo"))
-    model: str = opt("Qwen/Qwen3-8B-Base", "hub name or save_pretrained folder [P]")
-    data: str = opt("BytedTsinghua-SIA/DAPO-Math-17k", ".jsonl, .parquet, .csv or hub data set [P]")
-    kind: str = opt("", "what all rows of --data are, else each row's own 'kind', or math",
-                    KINDS)
-    eval_data: str = opt("math-ai/aime24,math-ai/aime25", "held-out data, comma separated [C]")
-    eval_kind: str = opt("", "what all rows of --eval_data are", KINDS)
-    unsafe_code: bool = opt(False, "run programs also where they could change your files")
-    output_dir: str = opt("", "run folder; off: runs/SETTING-PRESET-seedN-TIME")
-    seed: int = opt(0, "seed of sampling and shuffling")
-    resume: str = opt("", "auto: go on from the newest checkpoint in --output_dir, if any",
-                      ("", "auto"))
-    resume_changed: bool = opt(False, "resume with flags that change the method or the data")
-    check: bool = opt(False, "check flags, data and model without training")
+    preset: str = what("a3po", "the method: a set of the fields below; listed at the end")
+    setting: str = what("auto", "size of the job: paper, demo, or auto = paper on a GPU, else demo",
+                        ("auto", "paper", "demo"), free=True)
+    model: str = what("Qwen/Qwen3-8B-Base", "hub name or save_pretrained folder [P]")
+    data: str = what("BytedTsinghua-SIA/DAPO-Math-17k", ".jsonl, .parquet, .csv or hub data [P]")
+    kind: str = what("", "what all rows of --data are, else each row's own 'kind', or math", KINDS)
+    eval_data: str = what("math-ai/aime24,math-ai/aime25", "held-out, with commas [C]", free=True)
+    eval_kind: str = what("", "what all rows of --eval_data are", KINDS, free=True)
+    unsafe_code: bool = what(False, "run programs even if they could change your files", free=True)
+    output_dir: str = what("", "run folder; off: runs/SETTING-PRESET-seedN-TIME", free=True)
+    seed: int = what(0, "seed of sampling and shuffling")
+    resume: str = what("", "auto: go on from the newest checkpoint in --output_dir, if any",
+                       ("", "auto"), free=True)
+    resume_changed: bool = what(False, "resume with flags that change method or data", free=True)
+    check: bool = what(False, "check flags, data and model without training", free=True)
 
-    steps: int = opt(300, "training steps [P]", group="batch")
-    prompts_per_step: int = opt(512, "prompts a step, over all ranks [P]")
-    group_size: int = opt(8, "responses per prompt [C]")
-    mini_batches: int = opt(16, "optimiser updates a step [C]")
-    micro_batch_tokens: int = opt(16384, "tokens packed into one forward/backward on a rank")
-    dynamic_sampling: bool = opt(True, "drop all-correct and all-wrong groups, refill [DAPO]")
-    max_refills: int = opt(3, "a step draws at most 1 + N times its prompts, in 1 + N rounds")
+    steps: int = batch(300, "training steps [P]", free=True)
+    prompts_per_step: int = batch(512, "prompts a step, over all ranks [P]", low=1)
+    group_size: int = batch(8, "responses per prompt [C]", low=2)  # they are compared
+    mini_batches: int = batch(16, "optimiser updates a step [C]", low=1)
+    micro_batch_tokens: int = batch(16384, "tokens of a forward, on a rank", low=1, free=True)
+    dynamic_sampling: bool = batch(True, "drop all-correct and all-wrong groups, refill [DAPO]")
+    max_refills: int = batch(3, "a step draws at most 1 + N times its prompts, in 1 + N rounds")
 
-    template: str = opt("auto", "auto (chat if the tokenizer has one), chat, plain, or a text "
-                        "with {problem}", group="rollouts")
-    max_prompt_length: int = opt(1024, "tokens; longer prompts are dropped [C]")
-    max_response_length: int = opt(8192, "tokens [C]")
-    temperature: float = opt(1.0, "sampling temperature, also of the trainer's log-probs [C]")
-    max_num_seqs: int = opt(256, "responses decoded at once by one engine")
-    gpu_memory: float = opt(0.6, "share of GPU memory for vLLM while the trainer is idle")
+    template: str = rollouts("auto", "auto (chat if the tokenizer has one), chat, plain, or a text "
+                             "with {problem}")
+    max_prompt_length: int = rollouts(1024, "tokens; longer prompts are dropped [C]", low=1)
+    max_response_length: int = rollouts(8192, "tokens [C]", low=1)
+    temperature: float = rollouts(1.0, "of sampling, and of the trainer's log-probs [C]", above=0)
+    max_num_seqs: int = rollouts(256, "responses decoded at once by one engine", low=1, free=True)
+    gpu_memory: float = rollouts(0.6, "share of a GPU for vLLM", above=0, high=1, free=True)
 
-    reward: str = opt("", "module:function(response, problem) instead of the built-in graders",
-                      group="advantages")
-    advantage: str = opt("group", "group: GRPO's; raw: +1 / -1 (2506.01347)", ("group", "raw"))
-    norm_std: bool = opt(True, "divide by the group's standard deviation [C]")
-    overlong_buffer: int = opt(0, "soft length penalty over the last N tokens, 0 = off [DAPO]")
-    positive_weight: float = opt(1.0, "weight of correct responses [P]")
-    negative_weight: float = opt(1.0, "weight of incorrect responses [P]")
-    rho_positive: float = opt(2.0, "initial weight of the chosen tokens of correct responses [O]")
-    rho_negative: float = opt(2.0, "initial weight of the chosen tokens of incorrect ones [O]")
-    positive_cell: str = opt("low_prob", "tokens chosen in correct responses [P]", CELLS)
-    negative_cell: str = opt("high_prob", "tokens chosen in incorrect responses [P]", CELLS)
-    token_fraction: float = opt(0.2, "share of a response's tokens that are chosen [C]")
-    decay: str = opt("linear", "how rho falls to 1 [P: it decays; O: the form]",
+    reward: str = adv("", "module:function(response, problem) instead of the built-in graders")
+    advantage: str = adv("group", "group: GRPO's; raw: +1 / -1 (2506.01347)", ("group", "raw"))
+    norm_std: bool = adv(True, "divide by the group's standard deviation [C]")
+    overlong_buffer: int = adv(0, "soft length penalty over the last N tokens, 0 = off [DAPO]")
+    positive_weight: float = adv(1.0, "weight of correct responses [P]")
+    negative_weight: float = adv(1.0, "weight of incorrect responses [P]")
+    rho_positive: float = adv(2.0, "initial weight of the chosen tokens of correct responses [R]")
+    rho_negative: float = adv(2.0, "initial weight of the chosen tokens of incorrect ones [R]")
+    positive_cell: str = adv("low_prob", "tokens chosen in correct responses [P]", CELLS)
+    negative_cell: str = adv("high_prob", "tokens chosen in incorrect responses [P]", CELLS)
+    token_fraction: float = adv(0.2, "share of a response's tokens chosen [C, R]", above=0, high=1)
+    decay: str = adv("linear", "how rho falls to 1 [P: it decays; O: the form]",
                      ("linear", "exp", "none"))
-    decay_rate: float = opt(0.005, "alpha, per step [P]")
+    decay_rate: float = adv(0.005, "alpha, per step [P]")
 
-    clip_low: float = opt(0.2, "ratio clipped at 1 - clip_low [C]", group="loss")
-    clip_high: float = opt(0.28, "ratio clipped at 1 + clip_high [DAPO]")
-    dual_clip: float = opt(0.0, "bound on ratio * |A| for A < 0; 0 = off (verl uses 3)")
-    loss_agg: str = opt("token-mean", "how token losses are averaged [DAPO]", LOSS_AGGS)
-    kl_coef: float = opt(0.0, "weight of the k3 KL to the initial model, or to Lp-Reg's proxy")
-    proxy_kappa: float = opt(0.0, "Lp-Reg (2510.03222): proxy keeps tokens with p > kappa * max p")
-    proxy_delta: float = opt(0.01, "Lp-Reg: acts on the batch's tokens of lowest p, this share")
-    entropy_fraction: float = opt(1.0, "share of the batch's tokens, those of highest entropy, "
-                                  "that have a loss (2506.01939)")
-    tis_cap: float = opt(2.0, "cap of the vLLM -> trainer importance weight, 0 = off [O]")
+    clip_low: float = loss(0.2, "ratio clipped at 1 - clip_low [C]", high=1)
+    clip_high: float = loss(0.28, "ratio clipped at 1 + clip_high [DAPO]")
+    dual_clip: float = loss(0.0, "bound on ratio * |A| for A < 0; 0 = off (verl uses 3)")
+    loss_agg: str = loss("token-mean", "how token losses are averaged [DAPO]", LOSS_AGGS)
+    kl_coef: float = loss(0.0, "weight of the k3 KL to the initial model, or to Lp-Reg's proxy")
+    proxy_kappa: float = loss(0.0, "Lp-Reg (2510.03222): proxy keeps p > kappa * max p", below=1)
+    proxy_delta: float = loss(0.01, "Lp-Reg: share of the batch, of lowest p", above=0, high=1)
+    entropy_fraction: float = loss(1.0, "share of the batch's tokens, those of highest entropy, "
+                                   "that have a loss (2506.01939)", above=0, high=1)
+    tis_cap: float = loss(2.0, "cap of the vLLM -> trainer importance weight, 0 = off [O]")
 
-    lr: float = opt(1e-6, "AdamW learning rate [P]", group="optimiser")
-    warmup_steps: int = opt(0, "steps of linear learning-rate warm-up [C]")
-    adam_beta2: float = opt(0.999, "AdamW beta2 [C]")
-    weight_decay: float = opt(0.01, "AdamW weight decay [C]")
-    max_grad_norm: float = opt(1.0, "gradient clipping [C]")
+    lr: float = adam(1e-6, "AdamW learning rate [P]")
+    warmup_steps: int = adam(0, "steps of linear learning-rate warm-up [C]")
+    adam_beta2: float = adam(0.999, "AdamW beta2 [C]", below=1)
+    weight_decay: float = adam(0.01, "AdamW weight decay [C]")
+    max_grad_norm: float = adam(1.0, "gradient clipping [C]", above=0)
 
-    parallel: str = opt("fsdp", "how ranks share the model", ("fsdp", "ddp"), "devices")
-    shard_ranks: int = opt(0, "ranks that share one copy of the states under fsdp, 0 = all")
-    precision: str = opt("auto", "auto: bf16 on a GPU, fp32 on a CPU; fp16 has a smaller mismatch "
-                         "(2510.26788)", ("auto", "bf16", "fp16", "fp32"))
-    gradient_checkpointing: bool = opt(True, "recompute activations in the backward pass")
-    head_chunk: int = opt(1024, "tokens whose logits exist at one time")
+    parallel: str = device("fsdp", "how ranks share the model", ("fsdp", "ddp"), free=True)
+    shard_ranks: int = device(0, "ranks that share one copy of the states under fsdp, 0 = all")
+    precision: str = device("auto", "auto: bf16 on a GPU, fp32 on a CPU; fp16 has a smaller "
+                            "mismatch (2510.26788)", ("auto", "bf16", "fp16", "fp32"))
+    gradient_checkpointing: bool = device(True, "recompute activations in the backward", free=True)
+    head_chunk: int = device(1024, "tokens whose logits exist at one time", low=1, free=True)
 
-    eval_every: int = opt(20, "steps between evaluations, 0 = only before and after",
-                          group="evaluation, checkpoints, logs")
-    eval_n: int = opt(8, "responses per held-out problem [C]")
-    eval_limit: int = opt(0, "held-out problems, 0 = all")
-    eval_temperature: float = opt(0.6, "temperature of held-out samples [C]")
-    eval_top_p: float = opt(0.95, "top_p of held-out samples [C]")
-    save_every: int = opt(50, "steps between checkpoints, 0 = only after the last step")
-    keep_checkpoints: int = opt(0, "the newest N stay on disk, 0 = all")
-    log_rollouts: int = opt(4, "responses a step written to rollouts.jsonl")
-    log_tokens: int = opt(0, "responses a step whose every token is written to tokens.jsonl, for "
+    eval_every: int = log(20, "steps between evaluations, 0 = only before and after")
+    eval_n: int = log(8, "responses per held-out problem [C]", low=1)
+    eval_limit: int = log(0, "held-out problems, 0 = all")
+    eval_temperature: float = log(0.6, "temperature of held-out samples [C]", free=False)
+    eval_top_p: float = log(0.95, "top_p of held-out samples [C]", above=0, high=1, free=False)
+    save_every: int = log(50, "steps between checkpoints, 0 = only after the last step")
+    keep_checkpoints: int = log(0, "the newest N stay on disk, 0 = all")
+    log_rollouts: int = log(4, "responses a step written to rollouts.jsonl")
+    log_tokens: int = log(0, "responses a step whose every token is written to tokens.jsonl, for "
                           "eval.py show")
-    log_to: str = opt("", "also log metrics to any of tensorboard,wandb,trackio")
-    grade_timeout: float = opt(10.0, "seconds a grader may take for one response")
+    log_to: str = log("", "also log metrics to any of tensorboard,wandb,trackio")
+    grade_timeout: float = log(10.0, "seconds a grader may take for one response", above=0)
 
 
-RANGES = {  # which values the fields may have
-    "[2, inf)": "group_size",  # advantages compare the responses to one prompt
-    "[1, inf)": "prompts_per_step mini_batches micro_batch_tokens max_prompt_length "
-                "max_response_length max_num_seqs head_chunk eval_n",
-    "[0, inf)": "seed steps max_refills overlong_buffer positive_weight negative_weight "
-                "rho_positive rho_negative decay_rate clip_high dual_clip kl_coef tis_cap lr "
-                "warmup_steps weight_decay eval_every eval_limit eval_temperature save_every "
-                "keep_checkpoints log_rollouts log_tokens shard_ranks",
-    "(0, inf)": "temperature max_grad_norm grade_timeout",
-    "(0, 1]": "gpu_memory token_fraction entropy_fraction proxy_delta eval_top_p",
-    "[0, 1]": "clip_low",
-    "[0, 1)": "proxy_kappa adam_beta2",
-}  # fmt: skip
+FREE = {f.name for f in dataclasses.fields(Config) if f.metadata["free"]}
 
 # The demo: the same job at laptop size. Every other field keeps its default.
 DEMO_DIR = Path(__file__).resolve().parent.parent / "demo"
@@ -177,10 +177,10 @@ PRESETS = {
 
 HELP = """Train a language model with A3PO, or with a method it is compared with.
 
-Sources: [P] the paper, [C] its authors' code, [O] our reading where neither says, [DAPO]
-2503.14476. Defaults are those of --setting {setting} --preset {preset}: name others beside --help
-to see theirs. --dry_run [--gpus N] [--nodes N] [--gpu_gb N] measures what a run needs, without a
-GPU: see shelf/plan.py."""
+Sources: [P] the paper, [R] two public reading notes of it, [C] its authors' code, [O] our reading
+where none says, [DAPO] 2503.14476. Defaults are those of --setting {setting} --preset {preset}:
+name others beside --help to see theirs. --dry_run [--gpus N] [--nodes N] [--gpu_gb N] measures
+what a run needs, without a GPU: see shelf/plan.py."""
 
 
 def defaults(setting: str = "auto", preset: str = "a3po") -> Config:
@@ -206,9 +206,10 @@ def parse_args(argv: list[str] | None = None) -> Config:
         epilog="presets:\n" + "\n".join(f"  {k:15}{text}" for k, (text, _) in PRESETS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter, **flags,
     )
+    headings = {f.metadata["heading"]: None for f in dataclasses.fields(Config)}
+    for name in headings:
+        headings[name] = parser.add_argument_group(name)
     for f in dataclasses.fields(Config):
-        if f.metadata["group"]:
-            group = parser.add_argument_group(f.metadata["group"])
         value, choices = getattr(base, f.name), f.metadata["choices"]
         text = f"{f.metadata['help']} (default: {'off' if value == '' else value})"
         kind = dict(type=type(value), metavar="TEXT" if type(value) is str else "N")
@@ -218,7 +219,8 @@ def parse_args(argv: list[str] | None = None) -> Config:
             kind = dict(choices=choices, metavar="|".join(filter(None, choices)))
         elif f.name == "preset":
             kind = dict(choices=PRESETS, metavar="NAME")
-        group.add_argument(f"--{f.name}", help=text.replace("%", "%%"), **kind)
+        headings[f.metadata["heading"]].add_argument(
+            f"--{f.name}", help=text.replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
     return dataclasses.replace(base, **given | dict(setting=base.setting))
 
@@ -226,14 +228,15 @@ def parse_args(argv: list[str] | None = None) -> Config:
 def check_config(config: Config) -> None:
     """Refuse impossible values and combinations before any work starts."""
     c = config
-    for interval, names in RANGES.items():
-        low, high = map(float, interval[1:-1].split(","))
-        for name in names.split():
-            value = getattr(c, name)
-            above = value > low or (value == low and interval[0] == "[")
-            if not (above and (value < high or (value == high and interval[-1] == "]"))):
-                raise UsageError(f"--{name} {value}: give a value in {interval}")
-    for ok, what in (
+    for f in dataclasses.fields(c):
+        low, above, high, below = (f.metadata[name] for name in ("low", "above", "high", "below"))
+        value = getattr(c, f.name)
+        number = type(value) in (int, float)
+        if number and not (low <= value <= high and above < value < below):
+            left = f"({above:g}" if above >= low else f"[{low:g}"
+            right = f"{high:g}]" if high < below else f"{below:g})"
+            raise UsageError(f"--{f.name} {value}: give a value in {left}, {right}")
+    for ok, sentence in (
         (c.prompts_per_step % world_size() == 0, f"--prompts_per_step {c.prompts_per_step} is not "
          f"divisible by the {world_size()} ranks: change one of them"),
         (world_size() % (c.shard_ranks or 1) == 0, f"--shard_ranks {c.shard_ranks} does not divide "
@@ -245,4 +248,4 @@ def check_config(config: Config) -> None:
          f"give less than --max_response_length ({c.max_response_length})"),
     ):
         if not ok:
-            raise UsageError(what)
+            raise UsageError(sentence)

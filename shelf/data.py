@@ -5,13 +5,15 @@ by evaluation. What a row lacks is an error that names its place.
 """
 
 import csv
+import dataclasses
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import verify
-from rollout import Problem
+from rollout import Problem, Prompt, encode_prompts
+from shelf.config import Config
 from shelf.ranks import UsageError, say
 from verify import KINDS, extract_answer
 
@@ -183,3 +185,29 @@ def load_problems(source: str, split: str = "train", **how: Any) -> list[Problem
     if rows > len(problems):
         say(f"{source}: {rows - len(problems)} of {rows} rows repeat a problem and were dropped")
     return list(problems.values())
+
+
+def name_apart(problems: list[Problem]) -> list[Problem]:
+    """Return the problems with distinct ids, under which `evaluate` files their samples."""
+    if len({problem.id for problem in problems}) == len(problems):
+        return problems
+    return [dataclasses.replace(p, id=f"{p.id}#{i}") for i, p in enumerate(problems)]
+
+
+def read_prompts(config: Config, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
+    """Return the prompts to train on, and the held-out ones."""
+    form = (tokenizer, config.template, config.max_prompt_length)
+    problems = load_problems(config.data, kind=config.kind, needs_answer=not config.reward)
+    prompts = encode_prompts(problems, *form)
+    held_out, problems = [], []
+    for source in filter(None, config.eval_data.split(",")):
+        problems += load_problems(source.strip(), "test", kind=config.eval_kind)
+    if problems := name_apart(problems):
+        held_out = encode_prompts(problems, *form)
+    held_out = held_out[: config.eval_limit or None]
+    if config.reward and held_out:
+        say("held-out problems are judged by the built-in graders, not by --reward")
+    judged = held_out + ([] if config.reward else prompts)
+    if any(prompt.problem.kind == "code" for prompt in judged):
+        say(verify.protections(config.unsafe_code))
+    return prompts, held_out

@@ -1,36 +1,35 @@
-"""What a training run keeps on disk: its folder with metrics, text and pictures, and checkpoints.
+"""A training run's folder: metrics, text, pictures, and where else metrics go.
 
-Files are replaced or appended to, checkpoints renamed when they are complete: a kill at any moment
-leaves a run that `--resume auto` can go on with.
+Files are replaced or appended to: a kill at any moment leaves a run that `--resume auto` can go on
+with.
 """
 
+import atexit
 import fcntl
+import importlib
 import importlib.metadata
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
-import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-from model import full_weights
 from rollout import Sample
+from shelf.config import FREE, Config
 from shelf.ranks import UsageError, gather, rank, say
-from shelf.report import before_after, describe, plot_runs
-from shelf.trackers import Trackers, installed
+from shelf.report import Console, before_after, plot_runs
 from verify import read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# ---- files ---------------------------------------------------------------------------------------
+# ---- files --------------------------------------------------------------------------------------
 
 
 def environment() -> dict[str, str]:
@@ -70,10 +69,28 @@ def keep_records(path: Path, end: int = sys.maxsize) -> list[dict]:
     return records
 
 
+def existing(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that exists."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("_")[2])
+
+
+def all_see(path: Path) -> None:
+    """Raise UsageError on all ranks if one does not see the path."""
+    blind = [r for r, sees in enumerate(gather([path.exists()])) if not sees]
+    if blind:
+        raise UsageError(f"{path} is not there for rank(s) {', '.join(map(str, blind))}: give an "
+                         "--output_dir in a file system that all machines share")
+
+
 def folder_path(flag: str, folder: str) -> Path:
-    if Path(folder).exists() and not Path(folder).is_dir():
+    """Return the folder that a flag names; UsageError if it cannot be written to."""
+    there = existing(Path(folder))
+    if Path(folder).exists() and not there.is_dir():
         raise UsageError(f"{flag} {folder}: not a folder")
-    there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as why:
@@ -82,70 +99,99 @@ def folder_path(flag: str, folder: str) -> Path:
     return Path(folder)
 
 
-# ---- the folder ---------------------------------------------------------------------------------
+# ---- where else metrics go ----------------------------------------------------------------------
 
-# Flags of a training run that change neither its method nor its data.
-UNCHECKED = (
-    "output_dir resume resume_changed check keep_checkpoints steps setting save_every eval_every "
-    "eval_n eval_limit eval_data eval_kind log_rollouts log_tokens log_to max_num_seqs gpu_memory "
-    "micro_batch_tokens head_chunk gradient_checkpointing parallel grade_timeout unsafe_code"
-).split()
-CONSOLE = {  # metric: format
-    "reward": ".3f", "entropy": ".3f", "response_length": ".1f", "rho_positive": ".3f",
-    "ratio_max": ".3f", "mismatch_mean": ".1e", "dead_groups": ".2f", "grad_norm": ".3f",
-    "tokens_per_second": ".0f", "seconds": ".2f",
-}
+SINKS = ("tensorboard", "wandb", "trackio")  # --log_to; imported if named, none is a requirement
+
+
+def installed_sinks(names: str) -> list[str]:
+    """Return the names in a list; UsageError for an unknown one, and one that is not installed."""
+    listed = [name.strip() for name in names.split(",") if name.strip()]
+    for name in listed:
+        if name not in SINKS:
+            raise UsageError(f"--log_to {name}: give any of {', '.join(SINKS)}")
+        try:
+            importlib.import_module(name)
+        except ImportError as why:
+            raise UsageError(f"--log_to {name}: pip install {name} first ({why})") from None
+    return listed
+
+
+def open_sink(name: str, folder: Path, settings: dict, start: int) -> tuple[Callable, Callable]:
+    """Return log(metrics, step=) and close() of TensorBoard, which drops what it has of steps from
+    `start` on, or of a run with the folder's name in the project a3po (or $WANDB_PROJECT ...)."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(folder / "tensorboard", purge_step=start or None)
+
+        def log(metrics: dict, step: int) -> None:
+            for key, value in metrics.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()
+
+        return log, writer.close
+    own = dict(embed=False)  # trackio has no page to embed
+    if name == "wandb":  # by its id it goes on with the run, and takes no step twice
+        kept = folder / "wandb-id"
+        if not kept.exists():
+            kept.write_text(secrets.token_hex(4))
+        own = dict(id=kept.read_text(), dir=folder)
+    run = importlib.import_module(name).init(
+        project=os.environ.get(f"{name.upper()}_PROJECT", "a3po"), name=folder.name,
+        config=settings, resume="allow", **own)
+    return run.log, run.finish
+
+
+# ---- the folder ---------------------------------------------------------------------------------
 
 
 class RunFolder:
-    """A training run's config.json, metrics.jsonl, rollouts.jsonl, summary.md and curves.png, which
-    rank 0 writes. `settings`: a3po.Config's fields. UsageError for a run that is not resumed."""
+    """A training run's config.json, metrics.jsonl, rollouts.jsonl, tokens.jsonl, summary.md and
+    curves.png, which rank 0 writes. UsageError for a run that is there and is not resumed."""
 
-    def __init__(self, settings: dict):
-        name = "{setting}-{preset}-seed{seed}-".format(**settings) + time.strftime("%m%d-%H%M%S")
-        self.path = folder_path("--output_dir", settings["output_dir"] or f"runs/{name}")
-        self.settings, self.printed, self.lines = settings, 0.0, 0
-        self.terminated = False
-        self.step, self.saved, self.changed = None, None, []
-        self.trackers: Trackers | None = None  # rank 0's
-        self.log_to = installed(settings.get("log_to", ""))
+    def __init__(self, config: Config):
+        name = f"{config.setting}-{config.preset}-seed{config.seed}-{time.strftime('%m%d-%H%M%S')}"
+        self.path = folder_path("--output_dir", config.output_dir or f"runs/{name}")
+        self.config, self.log_to = config, installed_sinks(config.log_to)
+        self.sinks: dict[str, tuple[Callable, Callable]] = {}  # rank 0's
+        self.step: int | None = None  # the last that was logged
+        self.terminated = False  # by SIGTERM
+        self.began, self.console = time.time(), Console()
+        self.changed: list[str] = []
         if (self.path / "metrics.jsonl").exists():
-            if not settings["resume"]:
+            if not config.resume:
                 raise UsageError(f"--output_dir {self.path} holds a run already: go on with it "
                                  "(--resume auto) or give another folder")
-            self.check_changes()
+            self.changed = self.check_changes()
 
-    def check_changes(self) -> None:
-        """Say which flags are not those that the run was started with; UsageError where they
-        change the method or the data, unless that is wanted."""
-        path = self.path / "config.json"
-        old = json.loads(path.read_text()) if path.exists() else self.settings
-        self.changed = changed = [
-            f"--{name} {old[name]} -> {value}" for name, value in self.settings.items()
-            if name in old and name not in UNCHECKED and old[name] != value]
-        if changed and not self.settings.get("resume_changed"):
+    def check_changes(self) -> list[str]:
+        """Say and return which flags are not those that the run was started with; UsageError where
+        they change the method or the data, unless that is wanted."""
+        path, settings = self.path / "config.json", vars(self.config)
+        old = json.loads(path.read_text()) if path.exists() else settings
+        changed = [f"--{name} {old[name]} -> {value}" for name, value in settings.items()
+                   if name in old and name not in FREE and old[name] != value]
+        if changed and not self.config.resume_changed:
             raise UsageError(f"--output_dir {self.path} holds a run with other flags: "
                              f"{', '.join(changed)}; to go on so, add --resume_changed")
         if changed:
             say(f"resumed with changed flags: {', '.join(changed)}")
+        return changed
 
-    def set_aside(self) -> None:
-        """Move a run that cannot be resumed out of the way: nothing of it is lost."""
-        old = [path for path in self.path.iterdir() if not path.name.startswith("lost-")]
-        lost = self.path / f"lost-{len(list(self.path.glob('lost-*'))) + 1}"
-        lost.mkdir()
-        for path in old:
-            path.rename(lost / path.name)
-        say(f"no checkpoint to resume from: what was there is in {lost}, and step 0 comes next")
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
 
-    def asked_to_stop(self) -> bool:
-        """Tell all ranks whether one got SIGTERM, or there is a file RUN/stop, which is removed."""
-        stop = self.path / "stop"
-        asked = any(gather([self.terminated or (rank() == 0 and stop.exists())]))
-        if asked and rank() == 0:
-            stop.unlink(missing_ok=True)
-            say(f"stopped as asked; go on with --resume auto --output_dir {self.path}")
-        return asked
+    def saved(self) -> int:
+        """Return the step of the newest checkpoint, 0 if there is none."""
+        return max(map(step_of, self.checkpoints.glob("step_*")), default=0)
+
+    def where(self) -> str:
+        """Return where an interrupted run stands."""
+        saved = f"checkpoint at step {self.saved()}" if self.saved() else "no checkpoint yet"
+        return (f"interrupted at step {self.step if self.step is not None else 0}; {saved}; go on "
+                f"with --resume auto --output_dir {self.path}")
 
     def end_at_sigterm(self) -> None:
         """End after the step, with a checkpoint, when a scheduler sends SIGTERM; a second one ends
@@ -156,15 +202,14 @@ class RunFolder:
 
         signal.signal(signal.SIGTERM, terminate)
 
-    def where(self) -> str:
-        """Return where an interrupted run stands."""
-        saved = f"checkpoint at step {self.saved}" if self.saved else "no checkpoint yet"
-        return (f"interrupted at step {self.step if self.step is not None else 0}; {saved}; go on "
-                f"with --resume auto --output_dir {self.path}")
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+    def asked_to_stop(self) -> bool:
+        """Tell all ranks whether one got SIGTERM, or there is a file RUN/stop, which is removed."""
+        stop = self.path / "stop"
+        asked = any(gather([self.terminated or (rank() == 0 and stop.exists())]))
+        if asked and rank() == 0:
+            stop.unlink(missing_ok=True)
+            say(f"stopped as asked; go on with --resume auto --output_dir {self.path}")
+        return asked
 
     def agree(self) -> None:
         """Take rank 0's path on all ranks: its name may hold the clock, which each rank read."""
@@ -173,8 +218,7 @@ class RunFolder:
     def open(self, start: int) -> None:
         """Make the folder. Where it holds a run, drop the lines of `start` and later steps: they
         will be written again. Raises UsageError where some ranks do not see it."""
-        self.opened = time.time()
-        self.saved = start or None
+        self.began = time.time()
         if rank() == 0:
             self.make(start)
         gather([])  # rank 0 has made it
@@ -183,19 +227,30 @@ class RunFolder:
     def make(self, start: int) -> None:
         if start == 0 and (self.path / "metrics.jsonl").exists():
             self.set_aside()
-        about = self.settings | dict(output_dir=str(self.path), environment=environment())
-        config = self.path / "config.json"
-        if config.exists() and self.changed:
+        about = vars(self.config) | dict(output_dir=str(self.path), environment=environment())
+        path = self.path / "config.json"
+        if path.exists() and self.changed:
             older = len(list(self.path.glob("config.*.json")))
-            shutil.copyfile(config, self.path / f"config.{older + 1}.json")
-        replace_file(config, json.dumps(about, indent=1) + "\n")
-        if self.log_to:
-            self.trackers = Trackers(self.log_to, self.path, about, start)
+            shutil.copyfile(path, self.path / f"config.{older + 1}.json")
+        replace_file(path, json.dumps(about, indent=1) + "\n")
+        for name in self.log_to:
+            self.attempt(name, lambda name: self.sinks.update(
+                {name: open_sink(name, self.path, about, start)}), name)
+        atexit.register(self.close_sinks)  # also of a run that is stopped
         say(f"the run is in {self.path}; to end it after a step with a checkpoint: touch "
             f"{self.path / 'stop'}")
         for name in ("metrics.jsonl", "rollouts.jsonl", "tokens.jsonl"):
             if name != "tokens.jsonl" or (self.path / name).exists():
                 keep_records(self.path / name, start)
+
+    def set_aside(self) -> None:
+        """Move a run that cannot be resumed out of the way: nothing of it is lost."""
+        old = [path for path in self.path.iterdir() if not path.name.startswith("lost-")]
+        lost = self.path / f"lost-{len(list(self.path.glob('lost-*'))) + 1}"
+        lost.mkdir()
+        for path in old:
+            path.rename(lost / path.name)
+        say(f"no checkpoint to resume from: what was there is in {lost}, and step 0 comes next")
 
     def append(self, name: str, record: dict) -> None:
         try:
@@ -207,11 +262,26 @@ class RunFolder:
 
     def log_metrics(self, metrics: dict) -> None:
         self.append("metrics.jsonl", metrics)
-        if self.trackers:
-            self.trackers.log(metrics["step"], metrics)
+        known = {k: v for k, v in metrics.items() if v is not None and k != "step"}
+        for name, (log, _) in list(self.sinks.items()):
+            self.attempt(name, log, known, step=metrics["step"])
+
+    def attempt(self, sink: str, action: Callable, *args, **options) -> None:
+        """Leave out a sink that fails, of whatever kind: training goes on."""
+        try:
+            action(*args, **options)
+        except Exception as why:  # of a network, a service, another version
+            self.sinks.pop(sink, None)
+            say(f"NOTE: --log_to {sink} failed and is left out ({type(why).__name__}: "
+                f"{str(why)[:200]}); metrics.jsonl has everything")
+
+    def close_sinks(self) -> None:
+        while self.sinks:
+            name, (_, close) = self.sinks.popitem()
+            self.attempt(name, close)
 
     def log_step(self, metrics: dict) -> None:
-        """Append the step's metrics and its speed; print a line at most every two seconds."""
+        """Append the step's metrics and its speed; print it now and then."""
         total = sum(value for name, value in metrics.items() if name.startswith("seconds_"))
         metrics |= dict(tokens_per_second=metrics["rollout_tokens"] / total, seconds=total)
         self.log_metrics(metrics)
@@ -219,15 +289,7 @@ class RunFolder:
             say(f"NOTE: {metrics['truncated']:.0%} of the responses are cut off at their limit, so "
                 "wrong: raise --max_response_length, or try another --template")
         self.step = metrics["step"]
-        if time.time() - self.printed >= 2:
-            if self.lines == 0:
-                say("(a line at most every two seconds; metrics.jsonl has every step)")
-            if self.lines % 20 == 0:
-                say(f"{'step':>6}" + "".join(f"{describe(name)[0]:>10}" for name in CONSOLE))
-            cells = [f"{'-':>10}" if metrics.get(name) is None else f"{metrics[name]:>10{form}}"
-                     for name, form in CONSOLE.items()]
-            say(f"{metrics['step']:6d}" + "".join(cells))
-            self.printed, self.lines = time.time(), self.lines + 1
+        self.console.show(metrics)
 
     def log_eval(self, step: int, metrics: dict) -> None:
         """Append an evaluation's metrics, with eval_ before their names; print a line."""
@@ -236,25 +298,23 @@ class RunFolder:
         say(f"{step:6d}  held-out accuracy {metrics['accuracy']:.3f} "
             f"+- {metrics['accuracy_stderr']:.3f}, length {metrics['length']:.1f}")
 
-    def log_rollouts(self, step: int, groups: list[list[Sample]], count: int) -> None:
-        """Append the first response of `count` of the step's groups, as text."""
-        for s in [group[0] for group in groups[:count]]:
-            problem, grade = s.prompt.problem, s.grade
-            answer = None if problem.kind == "code" else problem.reference
-            self.append("rollouts.jsonl", dict(
-                step=step, id=problem.id, kind=problem.kind, problem=problem.text, answer=answer,
-                **problem.options, response=s.text, extracted=grade.extracted,
-                correct=grade.correct, status=grade.status, reward=s.reward, length=len(s.ids),
-                finish_reason=s.finish_reason))
+    def log_rollouts(self, step: int, groups: list[list[Sample]]) -> None:
+        """Append the first response of the first --log_rollouts groups, as text."""
+        for sample in [group[0] for group in groups[: self.config.log_rollouts]]:
+            facts = about_sample(sample) | dict(
+                kind=sample.prompt.problem.kind, **sample.prompt.problem.options,
+                response=sample.text, correct=sample.grade.correct, length=len(sample.ids))
+            facts["answer"] = facts.pop("reference")
+            self.append("rollouts.jsonl", dict(step=step) | facts)
 
     def log_tokens(self, step: int, groups: list, mini_batches: list, tokenizer) -> None:
-        """Append what the update knew of every token of the first `log_tokens` responses. All ranks
+        """Append what the update knew of every token of the first --log_tokens responses. All ranks
         must call this, as each has some of them."""
-        if not self.settings["log_tokens"]:
+        if not self.config.log_tokens:
             return
-        chosen = sum(groups, [])[: self.settings["log_tokens"]]
-        places, mine = {id(sample): i for i, sample in enumerate(chosen)}, []
-        for batch in sum(mini_batches, []):
+        chosen, mine = list(chain(*groups))[: self.config.log_tokens], []
+        places = {id(sample): i for i, sample in enumerate(chosen)}
+        for batch in chain(*mini_batches):
             for row, sample in enumerate(batch["samples"]):
                 if id(sample) in places:
                     mine.append((places[id(sample)], token_values(batch, row, sample, tokenizer)))
@@ -268,11 +328,20 @@ class RunFolder:
             plot_runs([self.path], self.path / "curves.png")
             table = before_after(self.path / "metrics.jsonl")
             replace_file(self.path / "summary.md", table + "\n")
-            say(f"\n{table}\n\ntrained for {time.time() - self.opened:.0f} s; everything is in "
+            say(f"\n{table}\n\ntrained for {time.time() - self.began:.0f} s; everything is in "
                 f"{self.path}/ (curves.png is the picture, `python eval.py show {self.path}` makes "
                 "a page with the responses)")
-        if (self.saved or 0) != self.settings["steps"]:
+        if self.saved() != self.config.steps:
             raise UsageError("the trained model was not saved, see above")
+
+
+def about_sample(sample: Sample) -> dict:
+    """Return what rollouts.jsonl and tokens.jsonl say of a response; not a program's tests."""
+    problem, grade = sample.prompt.problem, sample.grade
+    return dict(id=problem.id, problem=problem.text,
+                reference=None if problem.kind == "code" else problem.reference,
+                extracted=grade.extracted, status=grade.status, reward=sample.reward,
+                finish_reason=sample.finish_reason)
 
 
 def token_values(batch: dict, row: int, sample: Sample, tokenizer) -> dict:
@@ -280,164 +349,13 @@ def token_values(batch: dict, row: int, sample: Sample, tokenizer) -> dict:
     vLLM sampled it (vllm), of the policy that sampled (old) and of the one that was updated (new);
     entropy; weight, the factor on the advantage, 0 where the loss has no term. None for what was
     not computed."""
-    n, problem, grade = len(sample.ids), sample.prompt.problem, sample.grade
     values = dict(vllm=batch["rollout_logprobs"], old=batch.get("old_logprobs"),
                   new=batch.get("logprobs"), entropy=batch.get("entropy"), weight=None)
     if "shaped" in batch and sample.advantage:
         values["weight"] = batch["shaped"] / sample.advantage * batch["loss_mask"]
-    return dict(
-        id=problem.id, problem=problem.text,
-        reference=None if problem.kind == "code" else problem.reference, reward=sample.reward,
-        correct=sample.correct, status=grade.status, extracted=grade.extracted,
-        finish_reason=sample.finish_reason,
-        advantage=round(sample.advantage, 4), tokens=[tokenizer.decode([i]) for i in sample.ids],
-        **{name: value if value is None else [round(x, 4) for x in value[row, :n].tolist()]
-           for name, value in values.items()},
-    )
-
-
-def show_example(sample: Sample, tokenizer) -> None:
-    """Print one response with its mask, to see the template and where the loss applies."""
-    ids, grade, reference = sample.ids.tolist(), sample.grade, sample.prompt.problem.reference
-    say(f"--- one example: {len(sample.prompt.ids)} prompt tokens (mask 0), {len(ids)} response "
-        f"tokens (mask 1), finish reason {sample.finish_reason}\n"
-        f"[0] {tokenizer.decode(sample.prompt.ids)!r}\n[1] {tokenizer.decode(ids)!r}\n"
-        f"    extracted {grade.extracted!r}, reference {str(reference)[:200]!r}: "
-        f"{'correct' if grade.correct else 'incorrect'} ({grade.status})\n---")
-
-
-# ---- checkpoints --------------------------------------------------------------------------------
-
-
-class Checkpoints:
-    """The folders step_N of a run. Each is a save_pretrained folder with weights of `dtype`; in
-    the newest, resume/ is what training goes on from: float32 weights, optimiser state and the
-    sampler's state, sharded over the ranks, loaded by any number. All ranks make the same calls.
-
-    keep: how many folders stay, the newest; 0 is all. Where resume/ takes less than SMALL bytes,
-    the second newest has one too, to fall back to.
-    """
-
-    SMALL = 1 << 30
-
-    def __init__(self, folder: Path, policy, model, optimizer, tokenizer, dtype: torch.dtype,
-                 keep: int = 0):
-        self.folder, self.policy, self.optimizer, self.keep = folder, policy, optimizer, keep
-        self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.weights_bytes, self.resume_bytes = parameters * dtype.itemsize, parameters * 12
-
-    def announce(self, steps: int, save_every: int) -> None:
-        """Say what the checkpoints of a run will take, if it is much or does not fit."""
-        count = -(-steps // save_every) if save_every else 1
-        kept = min(count, self.keep or count)
-        total = kept * self.weights_bytes + 2 * self.resume_bytes  # one while the next is written
-        free = shutil.disk_usage(existing(self.folder)).free
-        if total > min(self.SMALL, free):
-            say(f"a checkpoint takes {size(self.weights_bytes)}, and the newest "
-                f"{size(self.resume_bytes)} more to resume from; {kept} of them: {size(total)} of "
-                f"the {size(free)} that are free{': TOO LITTLE' * (total > free)} "
-                "(see --keep_checkpoints)")
-
-    def save(self, step: int, state: dict) -> int:
-        """Write step_N under another name, rename it when it is complete, and delete what is not
-        kept. Returns the step, or 0 where that failed: then the older ones stay as they are."""
-        final, partial = self.folder / f"step_{step}", self.folder / f".step_{step}.partial"
-        why = None
-        for part in (self._write_weights, self._write_state, self._put_in_place):
-            try:
-                part(partial, final, dict(step=step, state=state))
-            except (Exception, CheckpointException) as error:  # a full disk, a folder that is gone
-                why = last_line(error)
-            if why := next(filter(None, gather([why])), None):  # also a barrier
-                break
-        if why and rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            say(f"the checkpoint of step {step} was not written: {why}. It needs "
-                f"{size(self.weights_bytes + self.resume_bytes)}, free are "
-                f"{size(shutil.disk_usage(existing(self.folder)).free)}. Older ones stay, and "
-                "training goes on; make room before the next is due")
-        return 0 if why else step
-
-    def _write_weights(self, partial: Path, final: Path, at: dict) -> None:
-        weights = {}
-        for name, tensor in full_weights(self.model, self.dtype):
-            if rank() == 0:
-                weights[name] = tensor.cpu()
-        if rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            self.model.config.dtype = self.dtype
-            self.model.save_pretrained(partial, state_dict=weights)
-            self.tokenizer.save_pretrained(partial)
-
-    def _write_state(self, partial: Path, final: Path, at: dict) -> None:
-        dcp.save(self.training_state(), checkpoint_id=partial / "resume")
-
-    def _put_in_place(self, partial: Path, final: Path, at: dict) -> None:
-        if rank() != 0:
-            return
-        (partial / "resume/step.json").write_text(json.dumps(at))
-        for path in partial.glob("*.safetensors"):  # written for their owner alone
-            path.chmod((partial / "config.json").stat().st_mode)
-        os.sync()
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        older = sorted(self.folder.glob("step_*"), key=step_of)
-        for path in older[: -(2 if self.resume_bytes < self.SMALL else 1)]:
-            shutil.rmtree(path / "resume", ignore_errors=True)
-        for path in older[: -self.keep] if self.keep else ():
-            shutil.rmtree(path, ignore_errors=True)
-
-    def resume(self) -> tuple[int, dict]:
-        """Restore weights and optimiser from the newest checkpoint that can be read; return (step,
-        the sampler's state), (0, {}) where there is none. Raises UsageError where none can be read.
-        """
-        found = [path.parent for path in self.folder.glob("step_*/resume/step.json")]
-        found = gather([found])[0]  # rank 0 decides
-        for newest in sorted(found, key=lambda path: step_of(path.parent), reverse=True):
-            all_see(newest)
-            try:
-                at = json.loads((newest / "step.json").read_text())
-                state = self.training_state()
-                dcp.load(state, checkpoint_id=newest)
-            except (Exception, CheckpointException) as error:  # of many types, on all ranks
-                say(f"{newest} is damaged: {last_line(error)}")
-                continue
-            set_state_dict(self.policy, self.optimizer, model_state_dict=state["model"],
-                           optim_state_dict=state["optimizer"])
-            say(f"going on from {newest.parent}")
-            return at["step"], at["state"]
-        if found:
-            raise UsageError(f"no checkpoint in {self.folder} can be resumed from: restore one, or "
-                             "delete their resume/ folders to begin again at step 0")
-        return 0, {}
-
-    def training_state(self) -> dict:
-        model_state, optimizer_state = get_state_dict(self.policy, self.optimizer)
-        return {"model": model_state, "optimizer": optimizer_state}
-
-
-def all_see(path: Path) -> None:
-    """Raise UsageError on all ranks if one does not see the path."""
-    blind = [r for r, sees in enumerate(gather([path.exists()])) if not sees]
-    if blind:
-        raise UsageError(f"{path} is not there for rank(s) {', '.join(map(str, blind))}: give an "
-                         "--output_dir in a file system that all machines share")
-
-
-def last_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.partition("_")[2])
-
-
-def existing(path: Path) -> Path:
-    """Return the path, or the nearest folder above it that exists."""
-    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-
-
-def size(n: float) -> str:
-    return f"{n / 1e9:.3g} GB" if n >= 1e9 else f"{n / 1e6:.3g} MB"
+    for name, value in values.items():
+        if value is not None:
+            values[name] = [round(x, 4) for x in value[row, : len(sample.ids)].tolist()]
+    return about_sample(sample) | values | dict(
+        correct=sample.correct, advantage=round(sample.advantage, 4),
+        tokens=[tokenizer.decode([i]) for i in sample.ids])

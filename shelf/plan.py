@@ -30,12 +30,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import a3po
 import model
 from rollout import Prompt, Sample
-from shelf.checks import check_model
+from shelf.checks import CONTEXT, check_model
 from shelf.ranks import UsageError
 from verify import Grade
 
 GIB = 2**30
-CONTEXT = 5 * GIB  # calculated: CUDA's context, NCCL's buffers, what a sleeping vLLM keeps
 GRAPHS = 3 * GIB  # calculated: vLLM's activations and CUDA graphs
 SPEEDS = dict(flops=990e12, update=0.4, score=0.4, generate=0.08)  # an H100's, and shares of it
 NAMES = {  # what the trackers of FSDP and of one process call it
@@ -56,7 +55,7 @@ def measure(ranks: int, config: a3po.Config) -> dict:
     except (OSError, ValueError):
         raise UsageError(f"model {config.model!r} has no config.json that can be read") from None
     check_model(config.model, about)
-    a3po.precision_of(config, "cuda")  # refuses 32 bits; both kinds of 16 take the same room
+    a3po.precision_of(config.precision, "cuda")  # refuses 32 bits; both kinds of 16 are one size
     sharded = config.parallel == "fsdp"
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     policy, inner, reference, optimizer = build(config, about, fake)

@@ -5,7 +5,6 @@ them; and the one exception that is for the user. All import this, so torch and 
 import atexit
 import contextlib
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -26,11 +25,8 @@ def init_distributed() -> str:
     import torch.distributed as dist
 
     if "RANK" not in os.environ:  # not under torchrun: set what it would have set
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any free one
     device = "cpu"
     if torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -62,7 +58,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def group():
+def distributed():
     """Return torch.distributed where there is a group of several ranks, else None."""
     import torch.distributed as dist
 
@@ -71,7 +67,7 @@ def group():
 
 def gather(items: list) -> list:
     """Return the lists of all ranks, one after the other, on every rank."""
-    dist = group()
+    dist = distributed()
     if dist is None:
         return items
     parts: list[list] = [[] for _ in range(world_size())]
@@ -81,7 +77,7 @@ def gather(items: list) -> list:
 
 def on_rank_0(make: Callable[[], Any]) -> Any:
     """Return on all ranks what rank 0 makes; a UsageError there is raised on all."""
-    dist, made = group(), [None]
+    dist, made = distributed(), [None]
     if rank() == 0 or dist is None:
         try:
             made = [make()]
@@ -92,6 +88,30 @@ def on_rank_0(make: Callable[[], Any]) -> Any:
     if isinstance(made[0], UsageError):
         raise made[0]
     return made[0]
+
+
+def accumulate(sums: dict, more: dict) -> None:
+    """Add the scalar tensors in `more` to those in `sums`; of names that start with max_ keep the
+    larger."""
+    import torch
+
+    for name, value in more.items():
+        combine = torch.maximum if name.startswith("max_") else torch.add
+        sums[name] = combine(sums[name], value) if name in sums else value
+
+
+def reduce_over_ranks(sums: dict) -> dict[str, float]:
+    """Combine scalar tensors of all ranks as `accumulate` does, and read them from the device: at
+    once, for each read waits for it. All ranks have the same names."""
+    import torch
+
+    largest = [name for name in sums if name.startswith("max_")]
+    names = largest + [name for name in sums if name not in largest]
+    values = torch.stack([sums[name].double() for name in names])
+    if dist := distributed():
+        dist.all_reduce(values[: len(largest)], dist.ReduceOp.MAX)
+        dist.all_reduce(values[len(largest) :], dist.ReduceOp.SUM)
+    return dict(zip(names, values.tolist(), strict=True))
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 
 from shelf.folder import replace_file
+from shelf.metrics import describe
 from shelf.ranks import UsageError
-from shelf.report import describe
 from verify import read_jsonl
 
 PAGE = Path(__file__).with_name("page.html")  # the data takes the place of /*DATA*/

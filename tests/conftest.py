@@ -1,6 +1,9 @@
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,3 +59,29 @@ def run(
         [*launcher, *command], cwd=cwd, env=env, capture_output=True, text=True,
         timeout=timeout,
     )
+
+
+def start(*command: str, log: Path) -> subprocess.Popen:
+    """Start one of our scripts in a session of its own; what it says goes to the file `log`."""
+    with log.open("w") as file:
+        return subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=file,
+                                stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """End it and all that it started, with SIGKILL."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, log: Path,
+             seconds: float = 240) -> None:
+    """Return once the condition holds; fail where the process ends before, or time runs out."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None:
+            pytest.fail(f"it ended with {process.returncode}\n{log.read_text()[-3000:]}")
+        if time.monotonic() > deadline:
+            kill(process)
+            pytest.fail(f"over {seconds} s\n{log.read_text()[-3000:]}")
+        time.sleep(0.02)

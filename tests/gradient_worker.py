@@ -1,8 +1,12 @@
-"""Run by test_update.py, also under torchrun: one mini-batch's gradient, then one optimiser step.
+"""Run by test_update.py under torchrun: one mini-batch's gradient, then one optimiser step, for
+each job; a list of results goes to OUT.
 
-usage: gradient_worker.py MODEL fsdp|ddp MICRO_BATCH_TOKENS OUT.pt [flags of a3po.py]
+usage: gradient_worker.py OUT.pt JOB...    a job in JSON: [model, "fsdp" or "ddp",
+                                           micro_batch_tokens, further flags of a3po.py...]
 """
 
+import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -45,7 +49,7 @@ class Recorder:
 
     def __init__(self, model: torch.nn.Module):
         self.model, self.gradient = model, {}
-        self.param_groups = [dict(loss_scale=1.0, good_updates=0, skipped=0)]
+        self.param_groups = [dict(skipped=0)]
 
     def step(self) -> None:
         for name, parameter in self.model.named_parameters():
@@ -60,8 +64,8 @@ class Recorder:
         return torch.cat([grad.flatten() for grad in self.gradient.values()])
 
 
-def main(model: str, parallel: str, tokens: str, out: str, *flags: str) -> None:
-    device = ranks.init_distributed()
+def measure(model: str, parallel: str, tokens: int, *flags: str, device: str = "cpu") -> dict:
+    """Return a mini-batch's gradient and metrics, and the weights after a step with it."""
     config = a3po.parse_args(
         ["--setting=demo", f"--model={model}", f"--parallel={parallel}", *flags,
          f"--micro_batch_tokens={tokens}", "--lr=1e-3", "--weight_decay=0.1"]
@@ -69,13 +73,20 @@ def main(model: str, parallel: str, tokens: str, out: str, *flags: str) -> None:
     policy, inner, reference, optimizer = a3po.build(config, device, "grids", None)
     mini_batches = one_mini_batch(fixed_samples(), config)
     a3po.score(policy, reference, mini_batches, config)
+    a3po.mask_by_the_whole_batch(mini_batches, config)
     rho, recorder = a3po.rho_at(0, config), Recorder(inner)
-    unclipped = a3po.dataclasses.replace(config, max_grad_norm=1e9)
+    unclipped = dataclasses.replace(config, max_grad_norm=1e9)
     metrics = a3po.update(policy, recorder, mini_batches, unclipped, rho)
     a3po.update(policy, optimizer, mini_batches, config, rho)
     weights = {name: tensor.clone() for name, tensor in policy_model.full_weights(inner)}
+    return dict(gradient=recorder.gradient, weights=weights, metrics=metrics)
+
+
+def main(out: str, *jobs: str) -> None:
+    device = ranks.init_distributed()
+    results = [measure(*json.loads(job), device=device) for job in jobs]
     if ranks.rank() == 0:
-        torch.save(dict(gradient=recorder.gradient, weights=weights, metrics=metrics), out)
+        torch.save(results, out)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Run by test_models.py: a tiny random model of one family through load, generate, score, one
-update and sync; prints a JSON report.
+"""Run by test_models.py: a tiny random model of each family through load, generate, score, one
+update and sync; prints a line {family: report} in JSON. A family that fails has the traceback.
 
-usage: model_worker.py FAMILY FOLDER
+usage: model_worker.py FOLDER FAMILY...
 """
 
 import json
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ from gradient_worker import fixed_samples, one_mini_batch  # noqa: E402
 import a3po  # noqa: E402
 import rollout  # noqa: E402
 from model import full_weights  # noqa: E402
-from shelf import checks, ranks  # noqa: E402
+from shelf import ranks  # noqa: E402
+from shelf.metrics import token_metrics  # noqa: E402
 from verify import Grade  # noqa: E402
 
 SIZE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
@@ -73,12 +75,12 @@ def make(family: str, folder: Path) -> str:
     return str(folder)
 
 
-def main(family: str, folder: str) -> None:
-    model = make(family, Path(folder))
+def follow(family: str, folder: Path, device: str) -> dict:
+    """Return how far vLLM and the trainer are apart before and after an update that moves them."""
+    model = make(family, folder)
     config = a3po.parse_args(["--setting=demo", f"--model={model}", "--lr=0.02",
                               "--max_prompt_length=160", "--max_response_length=48"])
     tokenizer, *_ = a3po.load_inputs(config)
-    device = ranks.init_distributed()
     policy, inner, _, optimizer = a3po.build(config, device, "grids", None)
     engine = rollout.Engine(model, tokenizer, max_model_len=80)
     prompts = [sample.prompt for sample in fixed_samples()]
@@ -88,21 +90,29 @@ def main(family: str, folder: str) -> None:
         responses = [found[i] for i in range(10)]
         for i, response in enumerate(responses):
             response.grade, response.advantage = Grade(i % 3 == 0, None), 1.0
+            response.prompt = prompts[i]
         if old:  # the same tokens again: have the weights moved?
             mini_batches = one_mini_batch(old, config)
             a3po.score(policy, None, mini_batches, config)
-            report["moved"] = a3po.token_metrics(mini_batches)["mismatch_mean"]
+            report["moved"] = token_metrics(mini_batches)["mismatch_mean"]
         mini_batches, old = one_mini_batch(responses, config), responses
         a3po.score(policy, None, mini_batches, config)
-        report[when] = a3po.token_metrics(mini_batches)["mismatch_max"]
+        report[when] = token_metrics(mini_batches)["mismatch_max"]
         if when == "before":
             metrics = a3po.update(policy, optimizer, mini_batches, config, a3po.rho_at(0, config))
             report["ratio"] = metrics["ratio_max_deviation"]
-            engine.load_weights(full_weights(inner))
-    sent = {name: (tuple(tensor.shape),) for name, tensor in full_weights(inner)}
-    [report["unmatched"]] = engine.llm.apply_model(
-        lambda model: [name for name in sent if not checks.held_by(model, name, sent)[0]])
-    print(json.dumps(report))
+            engine.sync(full_weights(inner))
+    return report
+
+
+def main(folder: str, *families: str) -> None:
+    device, reports = ranks.init_distributed(), {}
+    for family in families:
+        try:
+            reports[family] = follow(family, Path(folder) / family, device)
+        except Exception:
+            reports[family] = traceback.format_exc()
+    print(json.dumps(reports))
 
 
 if __name__ == "__main__":

@@ -142,6 +142,7 @@ def test_folder_is_small():
     assert sum(path.stat().st_size for path in files) < 900_000
 
 
+@pytest.mark.slow
 def test_rebuild(tmp_path, tokenizer):
     """Two steps of warm-up make the same problems and tokenizer, and a model that loads."""
     command = [sys.executable, DEMO / "make_demo.py", "--steps=2", "--samples=0", "--out", tmp_path]
@@ -185,6 +186,7 @@ def test_word_problems_are_right_and_split_by_their_numbers(tmp_path):
         assert frozenset(example) not in numbers["train"] | numbers["test"]
 
 
+@pytest.mark.slow
 def test_the_figure_goes_where_it_is_told_and_nowhere_else(tmp_path):
     script = str(ROOT / "demo" / "make_figure.py")
     before = {path: path.stat().st_mtime for path in (ROOT / "demo").glob("*.png")}

@@ -1,34 +1,27 @@
-"""Evaluation: the estimators, every benchmark's rows, resuming, ranks, the words for metrics, run
-folders, comparisons, pictures."""
+"""Evaluation: the estimators, every benchmark's rows, resuming, ranks, the words for metrics,
+comparisons, pictures."""
 
 import base64
-import dataclasses
 import itertools
 import json
 import math
-import os
 import pickle
 import re
-import signal
-import subprocess
-import sys
-import time
 import zlib
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, kill, run, start, wait_for
 
 import eval as evaluation
 import rollout
 import verify
 from rollout import Problem, Prompt, Sample
+from shelf import metrics as words
 from shelf import report
-from shelf.folder import RunFolder, show_example
 from shelf.ranks import UsageError
-from verify import Grade, Graders
+from verify import Graders
 
 # ---- estimators ---------------------------------------------------------------------------------
 
@@ -409,15 +402,11 @@ def test_outputs(whole):
 def test_killed_on_one_rank_and_finished_by_two(whole, data, tmp_path):
     """Killed with -9 while problems finish, a line cut short; two ranks do the rest: the same
     samples as from one rank left alone, and what was finished is kept."""
-    out, command = tmp_path / "killed", [*FLAGS, f"--data-dir={data}", f"--out={tmp_path}/killed"]
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.time() + 200
-    path = out / "samples.jsonl"
-    while not (path.exists() and path.stat().st_size > 2000) and time.time() < deadline:
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    out, log = tmp_path / "killed", tmp_path / "log"
+    command, path = [*FLAGS, f"--data-dir={data}", f"--out={out}"], out / "samples.jsonl"
+    process = start(*command, log=log)
+    wait_for(lambda: path.exists() and path.stat().st_size > 2000, process, log)
+    kill(process)
     before = lines(path)
     assert 4 <= len(before) < 4 * 160
     with path.open("a") as file:
@@ -469,6 +458,32 @@ def test_heads_that_the_ranks_cannot_share_are_refused(capsys, monkeypatch):
     assert "--tensor_parallel 3 does not divide the model's 2 attention" in capsys.readouterr().err
 
 
+def test_another_model_at_the_same_path_is_refused(tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(bytes(1_000_000))
+    first = evaluation.fingerprint(str(model))
+    flags = evaluation.parse_args([f"--model={model}"])
+    flags.weights = first
+    evaluation.OutputFolder(str(tmp_path / "out"), vars(flags)).path.mkdir()
+    evaluation.OutputFolder(str(tmp_path / "out"), vars(flags)).write()
+    evaluation.OutputFolder(str(tmp_path / "out"), vars(flags))
+    (model / "model.safetensors").write_bytes(bytes(999_999) + b"x")
+    flags.weights = evaluation.fingerprint(str(model))
+    assert flags.weights != first  # the file's end is looked at too
+    with pytest.raises(UsageError, match="other weights"):
+        evaluation.OutputFolder(str(tmp_path / "out"), vars(flags))
+    assert evaluation.fingerprint("owner/name") == ""
+
+
+def test_samples_can_be_graded_again_as_they_are(whole):
+    samples = [row for row in lines(whole[0] / "samples.jsonl") if row["kind"] != "code"]
+    assert {row["kind"] for row in samples} == {"math", "choice"}
+    again = [verify.grade(row["kind"], row["response"], row["answer"],
+                          **{x: row[x] for x in ("n_choices",) if x in row}) for row in samples]
+    assert [grade.correct for grade in again] == [row["correct"] for row in samples]
+
+
 @pytest.mark.parametrize(
     "flags, says",
     [
@@ -498,7 +513,7 @@ def test_bad_input_is_one_sentence(flags, says, capsys, monkeypatch):
     assert says in error
 
 
-# ---- words and run folders ----------------------------------------------------------------------
+# ---- words ---------------------------------------------------------------------------------------
 
 # The metrics of a training run with a reference model, besides those of its evaluations.
 TRAINED = set("""
@@ -525,15 +540,15 @@ def test_the_words_are_those_of_the_metrics_there_are(whole):
     for name in ("accuracy", "reward", "eval_accuracy"):
         names |= {f"{name}_{kind}" for kind in verify.KINDS}
     names |= {"reward_errors", "memory_gib"}  # of --reward, of a GPU
-    words = {name: report.describe(name) for name in names}
-    assert all(all(entry) for entry in words.values())  # label, unit, meaning
-    assert set(map(report.describe, report.METRICS)) == set(words.values())
-    assert len({label for label, _, _ in set(words.values())}) == len(report.METRICS)
-    assert report.describe("pass@16") == report.describe("eval_pass@2")
-    assert report.describe("length") == report.describe("eval_length")
+    described = {name: words.describe(name) for name in names}
+    assert all(all(entry) for entry in described.values())  # label, unit, meaning
+    assert set(map(words.describe, words.METRICS)) == set(described.values())
+    assert len({label for label, _, _ in set(described.values())}) == len(words.METRICS)
+    assert words.describe("pass@16") == words.describe("eval_pass@2")
+    assert words.describe("length") == words.describe("eval_length")
     for unknown in ("nope", "pass@", "eval_reward", "maj@k", "eval_eval_n"):
         with pytest.raises(KeyError):
-            report.describe(unknown)
+            words.describe(unknown)
 
 
 def test_glossary(capsys, monkeypatch):
@@ -541,9 +556,9 @@ def test_glossary(capsys, monkeypatch):
     evaluation.main(["glossary"])
     text = capsys.readouterr().out.splitlines()
     assert max(map(len, text)) <= 72
-    assert [line.split()[0] for line in text if line[0] != " "] == list(report.METRICS)
+    assert [line.split()[0] for line in text if line[0] != " "] == list(words.METRICS)
     assert {re.match(" *", line).end() for line in text if line[0] == " "} == {
-        text[0].index(report.describe("step")[0], 4)}  # one column
+        text[0].index(words.describe("step")[0], 4)}  # one column
     evaluation.main(["glossary", "entropy", "eval_maj@8"])
     text = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in text if line[0] != " "] == ["entropy", "eval_maj@8"]
@@ -559,233 +574,6 @@ def test_help_has_the_protocol_and_the_file_names(capsys):
     files = {bench.file for bench in evaluation.BENCHMARKS.values()} | {evaluation.LCB_FILES[-1]}
     words = {"temperature 0.6", "top_p 0.95", "8192", "clustered by problem", "default: 0.95"}
     assert not [word for word in words | files if word not in text]
-
-
-def settings(path, **changes):
-    return dict(setting="demo", preset="a3po", seed=3, resume="", steps=60,
-                output_dir=str(path)) | changes
-
-
-def test_a_run_names_its_folder_and_writes_over_no_other(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = RunFolder(settings(""))
-    assert re.fullmatch(r"runs/demo-a3po-seed3-\d{4}-\d{6}", str(folder.path))
-    assert folder.checkpoints == folder.path / "checkpoints" and not list(tmp_path.iterdir())
-    folder.open(0)
-    config = json.loads((folder.path / "config.json").read_text())
-    assert config.pop("environment").keys() >= {"commit", "torch", "python", "command"}
-    assert config == settings(folder.path)
-    with pytest.raises(UsageError) as error:  # a run that was killed early is one too
-        RunFolder(settings(folder.path))
-    assert str(error.value) == (f"--output_dir {folder.path} holds a run already: go on with it "
-                                "(--resume auto) or give another folder")
-    assert RunFolder(settings(folder.path, resume="auto")).path == folder.path
-    with pytest.raises(UsageError, match="^--output_dir .*config.json: not a folder$"):
-        RunFolder(settings(folder.path / "config.json", resume="auto"))
-
-
-def made_groups():
-    """Two groups of two samples, with what a user's reward function may return."""
-    groups = []
-    for i in range(2):
-        prompt = Prompt(Problem(f"p{i}", f"What is {i}+1?", str(i + 1)), [7, 8])
-        grade = Grade(np.bool_(i == 0), "1", "ok", reward=np.float32(0.5))
-        one = Sample(prompt, np.arange(3), np.zeros(3), "stop", f"\\boxed{{{i}}}", grade)
-        one.reward = np.float32(0.5)
-        groups.append([one, Sample(prompt, np.arange(2), np.zeros(2), "length", "other", grade)])
-    return groups
-
-
-def log(folder, steps, evaluate_at=()):
-    """Metrics and a response of each of the steps, and evaluations before some of them."""
-    values = np.random.default_rng(1).random((100, len(TRAINED)))
-    for step in steps:
-        if step in evaluate_at:
-            folder.log_eval(step, evaluation.summarize("math", [records([1, step > 2])]))
-        folder.log_step(dict(zip(sorted(TRAINED), values[step], strict=True)) | dict(step=step))
-        folder.log_rollouts(step, made_groups(), 1)
-
-
-def test_a_run_folder_and_its_console(tmp_path, capsys, monkeypatch):
-    clock = itertools.count(1000.0)  # a second from each look at it to the next
-    monkeypatch.setattr("shelf.folder.time.time", lambda: next(clock))
-    folder = RunFolder(settings(tmp_path / "run"))
-    folder.open(0)
-    log(folder, range(60), [0, 20])
-    folder.log_eval(60, evaluation.summarize("math", [records([1, 1])]))
-    folder.saved = 60
-    folder.finish()
-    out = capsys.readouterr().out
-    folder.saved = 40
-    with pytest.raises(UsageError, match="trained model was not saved"):
-        folder.finish()
-    console = [line for line in out.splitlines() if line[:1] == " "]
-    assert console[0] == "     0  held-out accuracy 0.500 +- 0.000, length 10.0"
-    heading = ("  step    reward   entropy    length       rho |ratio-1|  mismatch      dead"
-               " grad norm  tokens/s   seconds")
-    table = [line for line in console if "held-out" not in line]
-    assert 22 < len(table) < 60  # not every step
-    assert [i for i, line in enumerate(table) if line == heading] == list(range(0, len(table), 21))
-    steps = [line for line in lines(folder.path / "metrics.jsonl") if "reward" in line]
-    at, reward = table[1].split()[:2]
-    assert reward == f"{steps[int(at)]['reward']:.3f}" and len(table[1]) == len(heading)
-    assert len(steps) == 60 and steps[0].keys() == TRAINED
-    first, *_ = rollouts = lines(folder.path / "rollouts.jsonl")
-    assert len(rollouts) == 60 and first == dict(
-        step=0, id="p0", problem="What is 0+1?", response="\\boxed{0}", kind="math", answer="1",
-        extracted="1", correct=True, status="ok", reward=0.5, length=3, finish_reason="stop")
-    summary = (folder.path / "summary.md").read_text()
-    assert "before (step 0)" in summary and "after (step 60)" in summary and summary in out
-    assert (folder.path / "curves.png").stat().st_size > 10_000
-    assert sorted(path.name for path in folder.path.iterdir()) == [
-        "config.json", "curves.png", "metrics.jsonl", "rollouts.jsonl", "summary.md"]
-
-
-def test_another_model_at_the_same_path_is_refused(tmp_path, monkeypatch):
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "model.safetensors").write_bytes(bytes(1_000_000))
-    first = rollout.fingerprint(str(model))
-    flags = evaluation.parse_args([f"--model={model}"])
-    flags.weights = first
-    evaluation.OutputFolder(str(tmp_path / "out"), vars(flags)).path.mkdir()
-    evaluation.OutputFolder(str(tmp_path / "out"), vars(flags)).write()
-    evaluation.OutputFolder(str(tmp_path / "out"), vars(flags))
-    (model / "model.safetensors").write_bytes(bytes(999_999) + b"x")
-    flags.weights = rollout.fingerprint(str(model))
-    assert flags.weights != first  # the file's end is looked at too
-    with pytest.raises(UsageError, match="other weights"):
-        evaluation.OutputFolder(str(tmp_path / "out"), vars(flags))
-    assert rollout.fingerprint("owner/name") == ""
-
-
-def test_samples_can_be_graded_again_as_they_are(whole):
-    samples = [row for row in lines(whole[0] / "samples.jsonl") if row["kind"] != "code"]
-    assert {row["kind"] for row in samples} == {"math", "choice"}
-    again = [verify.grade(row["kind"], row["response"], row["answer"],
-                          **{x: row[x] for x in ("n_choices",) if x in row}) for row in samples]
-    assert [grade.correct for grade in again] == [row["correct"] for row in samples]
-
-
-def test_what_cannot_be_resumed_is_kept(tmp_path, capsys):
-    again = settings(tmp_path / "run", resume="auto")
-    for lost in (1, 2):
-        folder = RunFolder(again)
-        folder.open(0)
-        log(folder, range(lost))
-        assert len(lines(folder.path / "metrics.jsonl")) == lost
-    assert len(lines(tmp_path / "run/lost-1/metrics.jsonl")) == 1
-    assert (tmp_path / "run/lost-1/config.json").exists()
-    assert "lost-1" in capsys.readouterr().out
-    RunFolder(again).open(0)
-    assert len(lines(tmp_path / "run/lost-2/metrics.jsonl")) == 2
-
-
-def test_changed_flags_are_said_and_refused(tmp_path, capsys):
-    folder = RunFolder(settings(tmp_path / "run", lr=1.0, steps=5))
-    folder.open(0)
-    log(folder, range(2))
-    again = settings(tmp_path / "run", resume="auto", lr=2.0, steps=9)
-    with pytest.raises(UsageError, match="--lr 1.0 -> 2.0; .*--resume_changed"):
-        RunFolder(again)
-    folder = RunFolder(again | dict(resume_changed=True))
-    folder.open(2)
-    assert "--lr 1.0 -> 2.0" in capsys.readouterr().out
-    paths = [tmp_path / "run" / name for name in ("config.1.json", "config.json")]
-    old, new = (json.loads(path.read_text()) for path in paths)
-    assert (old["lr"], new["lr"]) == (1.0, 2.0)
-    RunFolder(settings(tmp_path / "run", resume="auto", lr=2.0, steps=11))
-
-
-def test_a_file_stops_a_run_and_an_interrupt_says_how_to_go_on(tmp_path, capsys):
-    folder = RunFolder(settings(tmp_path / "run"))
-    folder.open(0)
-    assert "touch" in capsys.readouterr().out and not folder.asked_to_stop()
-    (folder.path / "stop").touch()
-    assert folder.asked_to_stop() and not folder.asked_to_stop()
-    assert "no checkpoint yet" in folder.where()
-    log(folder, range(3))
-    folder.saved = 2
-    assert folder.where() == (f"interrupted at step 2; checkpoint at step 2; go on with --resume "
-                              f"auto --output_dir {folder.path}")
-
-
-def test_going_on_drops_what_will_be_written_again(tmp_path, capsys):
-    whole, cut = (RunFolder(settings(tmp_path / name)) for name in ("whole", "cut"))
-    whole.open(0)
-    cut.open(0)
-    log(whole, range(6), [0, 3, 5])
-    log(cut, range(5), [0, 3])
-    for name in ("metrics.jsonl", "rollouts.jsonl"):  # by a kill
-        with (cut.path / name).open("a") as file:
-            file.write('{"step": 5, "rew')
-    again = RunFolder(settings(cut.path, resume="auto"))
-    again.open(3)
-    once = [(cut.path / name).read_text() for name in ("metrics.jsonl", "rollouts.jsonl")]
-    again.open(3)  # opened twice it is the same
-    assert once == [(cut.path / name).read_text() for name in ("metrics.jsonl", "rollouts.jsonl")]
-    assert {line["step"] for text in once for line in map(json.loads, text.splitlines())} == {
-        0, 1, 2}
-    log(again, range(3, 6), [0, 3, 5])
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
-        assert (cut.path / name).read_text() == (whole.path / name).read_text()
-    whole.saved = again.saved = 60
-    whole.finish()
-    again.finish()
-    assert (cut.path / "summary.md").read_text() == (whole.path / "summary.md").read_text()
-    assert not [path for path in cut.path.iterdir() if path.name[0] == "."]
-
-
-def test_a_kill_while_a_run_is_reopened_loses_nothing(tmp_path, monkeypatch):
-    folder = RunFolder(settings(tmp_path))
-    folder.open(0)
-    log(folder, range(6))
-    before = (tmp_path / "metrics.jsonl").read_text()
-    replace = Path.replace
-
-    def killed(self, target):
-        if target.name == "metrics.jsonl":
-            raise KeyboardInterrupt
-        return replace(self, target)
-
-    monkeypatch.setattr(Path, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        folder.open(3)
-    assert (tmp_path / "metrics.jsonl").read_text() == before
-    monkeypatch.undo()
-    folder.open(3)
-    assert before.startswith((tmp_path / "metrics.jsonl").read_text())
-
-
-def test_other_ranks_take_rank_0s_folder_and_write_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("shelf.folder.gather", lambda paths: [Path("runs/of-rank-0"), *paths])
-    monkeypatch.setattr("shelf.folder.all_see", lambda path: None)
-    folder = RunFolder(settings(""))
-    folder.agree()
-    assert folder.checkpoints == Path("runs/of-rank-0/checkpoints")
-    folder.open(0)
-    log(folder, range(3), [0])
-    folder.saved = 60
-    folder.finish()
-    assert folder.checkpoints == Path("runs/of-rank-0/checkpoints")
-    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
-
-
-def test_the_example_shows_where_the_loss_applies(capsys):
-    class Letters:
-        def decode(self, ids):
-            return "".join("abcdefghi"[i] for i in ids)
-
-    show_example(made_groups()[0][0], Letters())
-    out = capsys.readouterr().out
-    assert "2 prompt tokens (mask 0), 3 response tokens (mask 1), finish reason stop" in out
-    assert "[0] 'hi'\n[1] 'abc'\n    extracted '1', reference '1': correct (ok)\n" in out
-    tests = dict(public_test_cases=[], private_test_cases="x" * 10**6)  # too much for a console
-    prompt = Prompt(Problem("1", "", tests, "code"), [])
-    show_example(dataclasses.replace(made_groups()[0][0], prompt=prompt), Letters())
-    assert len(capsys.readouterr().out) < 1000
 
 
 # ---- compare and plot ---------------------------------------------------------------------------

@@ -1,20 +1,31 @@
-"""Checkpoints that are kept, damaged or do not fit; files that cannot be written; the program where
-something is missing."""
+"""Checkpoints that are kept, damaged or do not fit; the run folder, and files that cannot be
+written; the program where something is missing."""
 
+import dataclasses
+import itertools
+import json
+import math
+import re
 import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run
+from test_eval import TRAINED, lines, records
 
 import a3po
-from rollout import load_tokenizer
-from shelf.folder import Checkpoints, RunFolder, all_see
+import eval as evaluation
+from rollout import Problem, Prompt, Sample, load_tokenizer, show_example
+from shelf.checkpoints import Checkpoints
+from shelf.config import Config
+from shelf.folder import RunFolder, all_see
 from shelf.ranks import UsageError
+from verify import Grade
 
 
 @pytest.fixture(scope="module")
@@ -89,19 +100,18 @@ def test_the_newest_are_kept_with_ordinary_modes(tmp_path, parts):
 
 def test_large_checkpoints_are_announced(tmp_path, parts, capsys):
     kept = checkpoints(tmp_path / "not yet", parts, keep=0)
-    kept.announce(300, 50)
+    kept.announce()
     assert capsys.readouterr().out == ""  # the demo's are small
     kept.weights_bytes, kept.resume_bytes = 16_400_000_000, 98_400_000_000
-    kept.announce(300, 50)
-    said = capsys.readouterr().out
-    assert "takes 16.4 GB, and the newest 98.4 GB more" in said and "6 of them: 295 GB" in said
-    kept.keep, kept.weights_bytes = 2, 10**18
-    kept.announce(300, 50)
-    assert "2 of them: 2e+09 GB" in (said := capsys.readouterr().out) and "TOO LITTLE" in said
+    kept.announce()
+    assert "takes 16.4 GB, and the newest 98.4 GB more" in capsys.readouterr().out
+    kept.weights_bytes = 10**18
+    kept.announce()
+    assert "takes 1e+09 GB" in (said := capsys.readouterr().out) and "TOO LITTLE" in said
 
 
 def test_metrics_that_cannot_be_written_end_the_run(tmp_path):
-    folder = RunFolder(vars(a3po.parse_args(["--setting=demo", f"--output_dir={tmp_path}"])))
+    folder = RunFolder(a3po.parse_args(["--setting=demo", f"--output_dir={tmp_path}"]))
     folder.open(0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))
@@ -113,7 +123,7 @@ def test_metrics_that_cannot_be_written_end_the_run(tmp_path):
 
 
 def test_a_run_whose_folder_is_lost_ends_with_a_sentence(tmp_path):
-    folder = RunFolder(vars(a3po.parse_args(["--setting=demo", f"--output_dir={tmp_path}/run"])))
+    folder = RunFolder(a3po.parse_args(["--setting=demo", f"--output_dir={tmp_path}/run"]))
     folder.open(0)
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(UsageError, match="metrics.jsonl cannot be written .No such file.*go on"):
@@ -126,6 +136,216 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_loads(capsys, 
     with pytest.raises(SystemExit):
         a3po.main(["--setting=demo", "--output_dir=/proc/run"])  # not even root can
     assert "--output_dir /proc/run: /proc cannot be written to" in capsys.readouterr().err
+
+
+# ---- the run folder -----------------------------------------------------------------------------
+
+
+def settings(path, **changes) -> Config:
+    fixed = dict(setting="demo", preset="a3po", seed=3, steps=60, log_rollouts=1,
+                 output_dir=str(path))
+    return Config(**fixed | changes)
+
+
+def add_checkpoint(folder: RunFolder, step: int) -> None:
+    (folder.checkpoints / f"step_{step}").mkdir(parents=True)
+
+
+def test_a_run_names_its_folder_and_writes_over_no_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = RunFolder(settings(""))
+    assert re.fullmatch(r"runs/demo-a3po-seed3-\d{4}-\d{6}", str(folder.path))
+    assert folder.checkpoints == folder.path / "checkpoints" and not list(tmp_path.iterdir())
+    folder.open(0)
+    config = json.loads((folder.path / "config.json").read_text())
+    assert config.pop("environment").keys() >= {"commit", "torch", "python", "command"}
+    assert config == vars(settings(folder.path))
+    with pytest.raises(UsageError) as error:  # a run that was killed early is one too
+        RunFolder(settings(folder.path))
+    assert str(error.value) == (f"--output_dir {folder.path} holds a run already: go on with it "
+                                "(--resume auto) or give another folder")
+    assert RunFolder(settings(folder.path, resume="auto")).path == folder.path
+    with pytest.raises(UsageError, match="^--output_dir .*config.json: not a folder$"):
+        RunFolder(settings(folder.path / "config.json", resume="auto"))
+
+
+def made_groups():
+    """Two groups of two samples, with what a user's reward function may return."""
+    groups = []
+    for i in range(2):
+        prompt = Prompt(Problem(f"p{i}", f"What is {i}+1?", str(i + 1)), [7, 8])
+        grade = Grade(np.bool_(i == 0), "1", "ok", reward=np.float32(0.5))
+        one = Sample(prompt, np.arange(3), np.zeros(3), "stop", f"\\boxed{{{i}}}", grade)
+        one.reward = np.float32(0.5)
+        groups.append([one, Sample(prompt, np.arange(2), np.zeros(2), "length", "other", grade)])
+    return groups
+
+
+def log(folder, steps, evaluate_at=()):
+    """Metrics and a response of each of the steps, and evaluations before some of them."""
+    values = np.random.default_rng(1).random((100, len(TRAINED)))
+    for step in steps:
+        if step in evaluate_at:
+            folder.log_eval(step, evaluation.summarize("math", [records([1, step > 2])]))
+        folder.log_step(dict(zip(sorted(TRAINED), values[step], strict=True)) | dict(step=step))
+        folder.log_rollouts(step, made_groups())
+
+
+def test_a_run_folder_and_its_console(tmp_path, capsys, monkeypatch):
+    clock = itertools.count(1000.0)  # a second from each look at it to the next
+    monkeypatch.setattr("shelf.report.time.time", lambda: next(clock))
+    folder = RunFolder(settings(tmp_path / "run"))
+    folder.open(0)
+    log(folder, range(60), [0, 20])
+    folder.log_eval(60, evaluation.summarize("math", [records([1, 1])]))
+    add_checkpoint(folder, 60)
+    folder.finish()
+    out = capsys.readouterr().out
+    (folder.checkpoints / "step_60").rename(folder.checkpoints / "step_40")
+    with pytest.raises(UsageError, match="trained model was not saved"):
+        folder.finish()
+    console = [line for line in out.splitlines() if line[:1] == " "]
+    assert console[0] == "     0  held-out accuracy 0.500 +- 0.000, length 10.0"
+    heading = ("  step    reward   entropy    length       rho |ratio-1|  mismatch      dead"
+               " grad norm  tokens/s   seconds")
+    table = [line for line in console if "held-out" not in line]
+    assert 22 < len(table) < 60  # not every step
+    assert [i for i, line in enumerate(table) if line == heading] == list(range(0, len(table), 21))
+    steps = [line for line in lines(folder.path / "metrics.jsonl") if "reward" in line]
+    at, reward = table[1].split()[:2]
+    assert reward == f"{steps[int(at)]['reward']:.3f}" and len(table[1]) == len(heading)
+    assert len(steps) == 60 and steps[0].keys() == TRAINED
+    first, *_ = rollouts = lines(folder.path / "rollouts.jsonl")
+    assert len(rollouts) == 60 and first == dict(
+        step=0, id="p0", problem="What is 0+1?", response="\\boxed{0}", kind="math", answer="1",
+        extracted="1", correct=True, status="ok", reward=0.5, length=3, finish_reason="stop")
+    summary = (folder.path / "summary.md").read_text()
+    assert "before (step 0)" in summary and "after (step 60)" in summary and summary in out
+    assert (folder.path / "curves.png").stat().st_size > 10_000
+    assert sorted(path.name for path in folder.path.iterdir()) == [
+        "checkpoints", "config.json", "curves.png", "metrics.jsonl", "rollouts.jsonl", "summary.md"]
+
+
+def test_what_cannot_be_resumed_is_kept(tmp_path, capsys):
+    again = settings(tmp_path / "run", resume="auto")
+    for lost in (1, 2):
+        folder = RunFolder(again)
+        folder.open(0)
+        log(folder, range(lost))
+        assert len(lines(folder.path / "metrics.jsonl")) == lost
+    assert len(lines(tmp_path / "run/lost-1/metrics.jsonl")) == 1
+    assert (tmp_path / "run/lost-1/config.json").exists()
+    assert "lost-1" in capsys.readouterr().out
+    RunFolder(again).open(0)
+    assert len(lines(tmp_path / "run/lost-2/metrics.jsonl")) == 2
+
+
+def test_changed_flags_are_said_and_refused(tmp_path, capsys):
+    folder = RunFolder(settings(tmp_path / "run", lr=1.0, steps=5))
+    folder.open(0)
+    log(folder, range(2))
+    again = settings(tmp_path / "run", resume="auto", lr=2.0, steps=9)
+    with pytest.raises(UsageError, match="--lr 1.0 -> 2.0; .*--resume_changed"):
+        RunFolder(again)
+    folder = RunFolder(dataclasses.replace(again, resume_changed=True))
+    folder.open(2)
+    assert "--lr 1.0 -> 2.0" in capsys.readouterr().out
+    paths = [tmp_path / "run" / name for name in ("config.1.json", "config.json")]
+    old, new = (json.loads(path.read_text()) for path in paths)
+    assert (old["lr"], new["lr"]) == (1.0, 2.0)
+    RunFolder(settings(tmp_path / "run", resume="auto", lr=2.0, steps=11))
+
+
+def test_a_file_stops_a_run_and_an_interrupt_says_how_to_go_on(tmp_path, capsys):
+    folder = RunFolder(settings(tmp_path / "run"))
+    folder.open(0)
+    assert "touch" in capsys.readouterr().out and not folder.asked_to_stop()
+    (folder.path / "stop").touch()
+    assert folder.asked_to_stop() and not folder.asked_to_stop()
+    assert "no checkpoint yet" in folder.where()
+    log(folder, range(3))
+    add_checkpoint(folder, 2)
+    assert folder.where() == (f"interrupted at step 2; checkpoint at step 2; go on with --resume "
+                              f"auto --output_dir {folder.path}")
+
+
+def test_going_on_drops_what_will_be_written_again(tmp_path, capsys):
+    whole, cut = (RunFolder(settings(tmp_path / name)) for name in ("whole", "cut"))
+    whole.open(0)
+    cut.open(0)
+    log(whole, range(6), [0, 3, 5])
+    log(cut, range(5), [0, 3])
+    for name in ("metrics.jsonl", "rollouts.jsonl"):  # by a kill
+        with (cut.path / name).open("a") as file:
+            file.write('{"step": 5, "rew')
+    again = RunFolder(settings(cut.path, resume="auto"))
+    again.open(3)
+    once = [(cut.path / name).read_text() for name in ("metrics.jsonl", "rollouts.jsonl")]
+    again.open(3)  # opened twice it is the same
+    assert once == [(cut.path / name).read_text() for name in ("metrics.jsonl", "rollouts.jsonl")]
+    assert {line["step"] for text in once for line in map(json.loads, text.splitlines())} == {
+        0, 1, 2}
+    log(again, range(3, 6), [0, 3, 5])
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        assert (cut.path / name).read_text() == (whole.path / name).read_text()
+    add_checkpoint(whole, 60)
+    add_checkpoint(again, 60)
+    whole.finish()
+    again.finish()
+    assert (cut.path / "summary.md").read_text() == (whole.path / "summary.md").read_text()
+    assert not [path for path in cut.path.iterdir() if path.name[0] == "."]
+
+
+def test_a_kill_while_a_run_is_reopened_loses_nothing(tmp_path, monkeypatch):
+    folder = RunFolder(settings(tmp_path))
+    folder.open(0)
+    log(folder, range(6))
+    before = (tmp_path / "metrics.jsonl").read_text()
+    replace = Path.replace
+
+    def killed(self, target):
+        if target.name == "metrics.jsonl":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        folder.open(3)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    monkeypatch.undo()
+    folder.open(3)
+    assert before.startswith((tmp_path / "metrics.jsonl").read_text())
+
+
+def test_other_ranks_take_rank_0s_folder_and_write_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("shelf.folder.gather", lambda paths: [Path("runs/of-rank-0"), *paths])
+    monkeypatch.setattr("shelf.folder.all_see", lambda path: None)
+    folder = RunFolder(settings(""))
+    folder.agree()
+    assert folder.checkpoints == Path("runs/of-rank-0/checkpoints")
+    folder.open(0)
+    log(folder, range(3), [0])
+    with pytest.raises(UsageError, match="trained model was not saved"):
+        folder.finish()
+    assert folder.checkpoints == Path("runs/of-rank-0/checkpoints")
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+
+
+def test_the_example_shows_where_the_loss_applies(capsys):
+    class Letters:
+        def decode(self, ids):
+            return "".join("abcdefghi"[i] for i in ids)
+
+    show_example(made_groups()[0][0], Letters())
+    out = capsys.readouterr().out
+    assert "2 prompt tokens (mask 0), 3 response tokens (mask 1), finish reason stop" in out
+    assert "[0] 'hi'\n[1] 'abc'\n    extracted '1', reference '1': correct (ok)\n" in out
+    tests = dict(public_test_cases=[], private_test_cases="x" * 10**6)  # too much for a console
+    prompt = Prompt(Problem("1", "", tests, "code"), [])
+    show_example(dataclasses.replace(made_groups()[0][0], prompt=prompt), Letters())
+    assert len(capsys.readouterr().out) < 1000
 
 
 # ---- what is missing ----------------------------------------------------------------------------
@@ -205,24 +425,36 @@ def test_a_folder_that_a_rank_does_not_see_is_one_sentence(tmp_path, monkeypatch
         all_see(tmp_path / "nowhere")
 
 
+def give_gradient(scaler, model, optimizer, value: float) -> float:
+    """As `update` does, with the loss scaled; return what step_or_skip is given."""
+    scale = scaler.scale(torch.ones(())).item()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, value) * scale
+    scaler.unscale_(optimizer)
+    return value
+
+
 def test_ten_bad_gradients_in_a_row_end_the_run(parts):
-    optimizer = parts[2]
-    group = optimizer.param_groups[0]
-    for _ in range(9):
-        a3po.adjust_scale(optimizer, finite=False)
-    a3po.adjust_scale(optimizer, finite=True)
-    for _ in range(9):
-        a3po.adjust_scale(optimizer, finite=False)
+    _, model, optimizer, _ = parts
+    for good in (9, 0):
+        for _ in range(9):
+            a3po.step_or_skip(optimizer, a3po.NO_SCALING, math.inf)
+        if good:
+            a3po.step_or_skip(optimizer, a3po.NO_SCALING, 1.0)
     with pytest.raises(UsageError, match="ten gradients in a row were not finite"):
-        a3po.adjust_scale(optimizer, finite=False)
-    group.update(loss_scale=2.0**16, skipped=0)
+        a3po.step_or_skip(optimizer, a3po.NO_SCALING, math.nan)
+    optimizer.param_groups[0]["skipped"] = 0
+    scaler = torch.amp.GradScaler("cpu", growth_interval=200)
     for _ in range(12):  # fp16: the scale was too high
-        a3po.adjust_scale(optimizer, finite=False)
-    assert group["loss_scale"] == 2.0**4
+        norm = give_gradient(scaler, model, optimizer, math.inf)
+        a3po.step_or_skip(optimizer, scaler, norm)
+    assert scaler.get_scale() == 2.0**4
     for _ in range(400):
-        a3po.adjust_scale(optimizer, finite=True)
-    assert group["loss_scale"] == 2.0**6
-    group.update(loss_scale=1.0, skipped=0)
+        a3po.step_or_skip(optimizer, scaler, give_gradient(scaler, model, optimizer, 0.0))
+    assert scaler.get_scale() == 2.0**6
+    again = torch.amp.GradScaler("cpu", growth_interval=200)
+    again.load_state_dict(json.loads(json.dumps(scaler.state_dict())))  # as step.json has it
+    assert again.get_scale() == 2.0**6
 
 
 def test_check_reads_all_inputs_and_starts_nothing(tmp_path, capsys, monkeypatch):

@@ -17,8 +17,8 @@ import eval as evaluation
 import rollout
 import verify
 from rollout import Problem, Prompt, Sample
-from shelf import report
 from shelf.data import load_problems
+from shelf.metrics import describe, rollout_metrics
 from shelf.ranks import UsageError
 from verify import Grade
 
@@ -202,17 +202,21 @@ def sample(kind: str, correct: bool) -> Sample:
     return made
 
 
+def described(groups: list[list[Sample]]) -> dict:
+    return rollout_metrics(groups, a3po.rewards_of(groups, a3po.Config()), 1)
+
+
 def test_accuracy_and_reward_by_kind_where_there_are_several():
     groups = [[sample("math", True), sample("math", False)], [sample("code", False)] * 2]
     groups[1][0].reward = 0.25  # both, they are one
-    mixed = a3po.rollout_metrics(groups, a3po.Config(group_size=2))
+    mixed = described(groups)
     assert (mixed["accuracy_math"], mixed["accuracy_code"], mixed["accuracy"]) == (0.5, 0, 0.25)
     assert (mixed["reward_math"], mixed["reward_code"], mixed["reward"]) == (0.5, 0.25, 0.375)
-    alone = a3po.rollout_metrics(groups[:1], a3po.Config(group_size=2))
+    alone = described(groups[:1])
     assert not [name for name in alone if name.startswith(("accuracy_", "reward_"))]
     for one in sum(groups, []):
         one.grade = Grade(None, None, reward=one.reward)  # of a reward function without a verdict
-    assert a3po.rollout_metrics(groups, a3po.Config(group_size=2))["accuracy_math"] is None
+    assert described(groups)["accuracy_math"] is None
 
 
 class Echo:
@@ -222,18 +226,18 @@ class Echo:
 
     def generate(self, prompts, n, seeds, **_):
         for i in range(len(prompts) * n):
-            yield i, Sample(prompts[i // n], np.array([i]), np.zeros(1, np.float32), "stop")
+            yield i, Sample(None, np.array([i]), np.zeros(1, np.float32), "stop")
 
     def decode(self, ids, **_):
         return "\\boxed{0}"
 
 
 def test_tests_stay_on_their_rank(tmp_path, monkeypatch):
-    """Every rank has the prompts: what is gathered is without them, and gets them back."""
+    """Every rank has the prompts: what is gathered is without them, and gets them afterwards."""
     tests = dict(public_test_cases=TESTS, private_test_cases="x" * 10**6)
     prompts = [Prompt(Problem(str(i), f"p{i}", tests, "code"), [i]) for i in range(4)]
     sizes, config = [], a3po.Config(group_size=2, prompts_per_step=4, dynamic_sampling=False)
-    monkeypatch.setattr(a3po, "gather", lambda x: sizes.append(len(pickle.dumps(x))) or x)
+    monkeypatch.setattr(a3po.ranks, "gather", lambda x: sizes.append(len(pickle.dumps(x))) or x)
     sampler = rollout.PromptSampler(prompts, 0)
     with verify.Graders(workers=1) as graders:
         judge = rollout.judge_by_rules(graders)
@@ -342,7 +346,7 @@ def test_training_on_a_mixed_file(tmp_path):
     for line in held_out:  # half of the problems are programs
         math, choice, code = (line[f"eval_accuracy_{kind}"] for kind in verify.KINDS)
         assert line["eval_accuracy"] == pytest.approx((math + choice + 2 * code) / 4)
-    assert all(report.describe(name) for line in lines for name in line if name != "step")
+    assert all(describe(name) for line in lines for name in line if name != "step")
     rollouts = [json.loads(line) for line in (folder / "rollouts.jsonl").open()]
     assert {row["kind"] for row in rollouts} == {*verify.KINDS}
     assert all((row["answer"] is None) == (row["kind"] == "code") for row in rollouts)

@@ -59,6 +59,7 @@ def loss_of(situation, *flags: str, step: int = 0) -> tuple[float, torch.Tensor]
     a3po.set_advantages([samples[:G], samples[G:]], config)
     mini_batches = one_mini_batch(samples, config)
     a3po.score(policy, reference, mini_batches, config)
+    a3po.mask_by_the_whole_batch(mini_batches, config)
     model.load_state_dict(models["new"].state_dict())
     recorder = Recorder(model)
     metrics = a3po.update(policy, recorder, mini_batches, config, a3po.rho_at(step, config))

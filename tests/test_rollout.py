@@ -7,7 +7,6 @@ from concurrent.futures import Future
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, make_model, run
 
 import rollout
@@ -318,14 +317,21 @@ def test_leave_runs_exit_handlers_and_writes_all_but_does_not_shut_python_down()
     assert (done.returncode, done.stdout) == (0, "end handler\n")
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_engine_follows_the_trainer(tmp_path, tied):
+@pytest.fixture(scope="module")
+def engine_reports(tmp_path_factory) -> list[dict]:
+    """Of a model with a tied head and of one without, from one process."""
+    folder = tmp_path_factory.mktemp("engines")
+    models = [make_model(folder / str(tied), tied=tied) for tied in (True, False)]
+    done = run("tests/engine_worker.py", *models)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("head", [0, 1], ids=["tied", "untied"])
+def test_engine_follows_the_trainer(engine_reports, head):
     """After a real optimiser step and sync, vLLM's and the trainer's log-probs agree to 1e-4; a
     response depends on its own seed alone; EOS ends a response; greedy answers agree."""
-    model = make_model(tmp_path / "model", tied=tied)
-    done = run("tests/engine_worker.py", model)
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = engine_reports[head]
     assert report["gap_at_start"] <= 1e-4
     assert report["gap_before_sync"] > 0.1  # the step really changed the model
     assert report["gap_after_sync"] <= 1e-4
@@ -333,6 +339,8 @@ def test_engine_follows_the_trainer(tmp_path, tied):
     assert report["same_alone_as_in_a_batch"] and report["seeds_differ"]
     assert report["stopped"] > 0 and report["all_stops_end_with_eos"]
     assert report["greedy_agrees"]
+    # of a sync that fails in any of four ways the step's metrics tell
+    assert min(report["broken"].values()) > checks.SAME_MODEL[None]
 
 
 @pytest.mark.parametrize("template, stops", [
@@ -344,44 +352,3 @@ def test_a_turn_that_the_chat_template_ends_ends_a_response(template, stops, tok
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<pad>\n{% endfor %}"
     ids = rollout.stop_token_ids(tokenizer, str(ROOT / "demo" / "model"), template)
     assert ids == sorted(map(tokenizer.convert_tokens_to_ids, stops))
-
-
-class Fused(torch.nn.Module):
-    """As a vLLM model holds two layers: q, k and v in one matrix, a vocabulary with padding."""
-
-    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-
-    def __init__(self, tensors: dict[str, torch.Tensor]):
-        super().__init__()
-        parameter = torch.nn.Parameter
-        self.embed = torch.nn.Module()
-        self.embed.weight = parameter(torch.cat([tensors["embed.weight"], torch.ones(3, 4)]))
-        for i in "01":
-            layer = torch.nn.Module()
-            layer.qkv_proj, layer.norm = torch.nn.Module(), torch.nn.Module()
-            parts = [tensors[f"layer{i}.{x}_proj.weight"] for x in "qkv"]
-            layer.qkv_proj.weight = parameter(torch.cat(parts))
-            layer.norm.weight = parameter(tensors[f"layer{i}.norm.weight"].clone())
-            setattr(self, f"layer{i}", layer)
-
-
-def hugging_face_tensors() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"embed.weight": (7, 4)}
-    for i in "01":
-        shapes |= {f"layer{i}.{x}_proj.weight": (4 if x == "q" else 2, 4) for x in "qkv"}
-        shapes[f"layer{i}.norm.weight"] = (4,)
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-
-
-def test_a_sync_that_fails_in_any_of_four_ways_is_seen():
-    sent: dict = {}
-    tensors = dict(checks.with_checksums(hugging_face_tensors().items(), sent))
-    checks.check_weights(Fused(tensors), sent)
-    changes = dict(missing=("layer0.v_proj.weight", torch.zeros(2, 4)),
-                   stale=("layer1.norm.weight", tensors["layer1.norm.weight"] + 1e-3),
-                   transposed=("layer0.q_proj.weight", tensors["layer0.q_proj.weight"].T),
-                   elsewhere=("layer0.k_proj.weight", tensors["layer1.k_proj.weight"]))
-    for name, wrong in changes.values():
-        with pytest.raises(UsageError, match=f"1 of 9 weights .* the first is {name}"):
-            checks.check_weights(Fused(tensors | {name: wrong}), sent)

@@ -1,15 +1,16 @@
 """--log_to: what TensorBoard, wandb (offline) and trackio (local) get of a run, where they are
 installed; what is refused; that a tracker which fails ends nothing."""
 
+import dataclasses
 import importlib
 import json
 import os
 
 import pytest
 
-from shelf import trackers
+from shelf import folder as run_folder
 from shelf.config import parse_args
-from shelf.folder import RunFolder
+from shelf.folder import RunFolder, installed_sinks
 from shelf.ranks import UsageError
 
 ROWS = [dict(step=s, reward=s / 8, truncated=0.0, rollout_tokens=10, seconds_generate=1.0,
@@ -17,49 +18,48 @@ ROWS = [dict(step=s, reward=s / 8, truncated=0.0, rollout_tokens=10, seconds_gen
 
 
 def log(folder, name, steps, start=0, **changes):
-    settings = vars(parse_args(["--setting=demo", f"--output_dir={folder}", f"--log_to={name}"]))
-    run = RunFolder(settings | changes)
+    config = parse_args(["--setting=demo", f"--output_dir={folder}", f"--log_to={name}"])
+    run = RunFolder(dataclasses.replace(config, **changes))
     run.open(start)
     for step in steps:
         run.log_step(dict(ROWS[step]))
-    run.trackers.close()
+    run.close_sinks()
 
 
 def test_what_is_not_there_is_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="--log_to mlflow: give any of tensorboard, wandb, trac"):
-        trackers.installed("mlflow")
+        installed_sinks("mlflow")
     monkeypatch.setitem(importlib.sys.modules, "wandb", None)
     with pytest.raises(UsageError, match="--log_to wandb: pip install wandb first"):
-        RunFolder(dict(vars(parse_args(["--setting=demo"])), log_to="wandb",
-                       output_dir=str(tmp_path / "run")))
-    assert trackers.installed("") == []
+        RunFolder(parse_args(["--setting=demo", "--log_to=wandb", f"--output_dir={tmp_path}/run"]))
+    assert installed_sinks("") == []
 
 
 def test_one_that_fails_is_left_out_and_the_other_goes_on(tmp_path, monkeypatch, capsys):
     seen = []
 
-    def flaky(folder, settings, start):
-        def log(step, metrics):
-            if step == 1:
-                raise ConnectionError("no route")
-            seen.append(("flaky", step))
-        return log, lambda: seen.append(("flaky", "closed"))
+    def flaky(metrics, step):
+        if step == 1:
+            raise ConnectionError("no route")
+        seen.append(("flaky", step))
 
-    def good(folder, settings, start):
-        return lambda step, metrics: seen.append((step, metrics)), lambda: seen.append("closed")
+    def open_sink(name, folder, settings, start):
+        if name == "trackio":
+            raise RuntimeError("no account")
+        log = flaky if name == "wandb" else lambda metrics, step: seen.append((step, metrics))
+        return log, lambda: seen.append(f"closed {name}")
 
-    def broken(folder, settings, start):
-        raise RuntimeError("no account")
-
-    for function in (flaky, good, broken):
-        monkeypatch.setitem(vars(trackers), function.__name__, function)
-    all_of_them = trackers.Trackers(["flaky", "broken", "good"], tmp_path, {}, 0)
+    monkeypatch.setattr(run_folder, "open_sink", open_sink)
+    monkeypatch.setattr(run_folder, "installed_sinks", lambda names: names.split(","))
+    run = RunFolder(parse_args(["--setting=demo", f"--output_dir={tmp_path / 'run'}",
+                                "--log_to=wandb,trackio,tensorboard"]))
+    run.open(0)
     for step in range(3):
-        all_of_them.log(step, dict(step=step, entropy=None, reward=0.5))
-    all_of_them.close()
-    all_of_them.close()
+        run.log_metrics(dict(step=step, entropy=None, reward=0.5))
+    run.close_sinks()
+    run.close_sinks()
     assert seen == [("flaky", 0), *((step, dict(reward=0.5)) for step in range(3)),
-                    "closed"]
+                    "closed tensorboard"]
     said = capsys.readouterr().out
     assert said.count("left out") == 2 and "(ConnectionError: no route)" in said
 

@@ -2,23 +2,20 @@
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, kill, run, start, wait_for
 
 import a3po
 import verify
-from rollout import Engine, Problem, Prompt, PromptSampler, Sample
-from shelf import checks, report
-from shelf.config import PRESETS, RANGES
+from rollout import Engine, Problem, Prompt, PromptSampler, Sample, is_live
+from shelf import checks
+from shelf.config import PRESETS, SETTINGS
+from shelf.metrics import describe, rollout_metrics, token_metrics
 from shelf.ranks import UsageError
 
 SHORT = ["a3po.py", "--setting=demo", "--eval_limit=32", "--prompts_per_step=8", "--group_size=4",
@@ -56,7 +53,7 @@ def test_the_run_folder_is_complete(whole_run):
     assert not set(wanted.split()) - steps[0].keys()
     assert all(line["ratio_max_deviation"] == 0 for line in steps)
     for name in {name for line in lines for name in line} - {"step"}:
-        assert all(report.describe(name)), name  # label, unit, sentence
+        assert all(describe(name)), name  # label, unit, sentence
     assert all(line["mismatch_max"] <= 1e-4 for line in steps)
     assert [line["rho_positive"] for line in steps[:2]] == [2.0, 2.0 - 0.015]
     assert json.loads((folder / "config.json").read_text())["preset"] == "a3po"
@@ -83,39 +80,35 @@ def test_the_run_folder_is_complete(whole_run):
     assert sorted(resumable) == ["step_4", "step_6"]  # small: two to go back to
 
 
-def test_one_seed_gives_one_result_and_a_killed_run_resumes(whole_run, tmp_path):
-    """Killed after step 2's checkpoint, with a half-written last line, resumed: the same metrics
-    to the last bit as the run that was left alone; and so the same run twice is the same."""
-    folder, flags = tmp_path / "killed", ["--steps=6", "--save_every=2", "--eval_every=3"]
-    process = subprocess.Popen(
-        [sys.executable, *SHORT, f"--output_dir={folder}", *flags],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )
-    deadline = time.time() + 240
-    while not (folder / "checkpoints" / "step_2").exists() and time.time() < deadline:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    before = metrics(folder)
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2, "rewa')
-    resumed = train(folder, *flags, "--resume=auto")
-    assert before[:2] == whole_run[1][:2]
-    assert resumed == whole_run[1]
+def written(folder: Path) -> int:
+    """The number of whole lines of metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
 
 
-def test_sigterm_saves_after_the_step_and_leaves_with_0(whole_run, tmp_path):
-    """What a scheduler sends before it takes the machine; the resumed run is the uninterrupted."""
-    folder = tmp_path / "run"
-    flags = [*SHORT, f"--output_dir={folder}", "--steps=6", "--eval_every=3", "--save_every=0"]
-    process = subprocess.Popen([sys.executable, *flags], cwd=ROOT, stdout=subprocess.PIPE)
-    while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 2:
-        time.sleep(0.05)
+def test_a_run_that_is_stopped_and_killed_ends_like_one_left_alone(whole_run, tmp_path):
+    """SIGTERM, which a scheduler sends before it takes the machine: the run saves after its step
+    and leaves with 0. Resumed and killed after its next checkpoint, with a half-written last line,
+    and resumed again, it has the same metrics to the last bit as the run that was left alone; and
+    so one seed gives one result."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    flags = ["--steps=6", "--eval_every=3", "--resume=auto"]
+    command = [*SHORT, f"--output_dir={folder}", *flags]
+    process = start(*command, "--save_every=0", log=log)
+    wait_for(lambda: written(folder) >= 2, process, log)
     process.send_signal(signal.SIGTERM)
-    out = process.communicate(timeout=100)[0].decode()
-    assert process.returncode == 0 and "stopped as asked" in out
-    assert len(list((folder / "checkpoints").glob("step_*/resume"))) == 1
-    assert train(folder, "--steps=6", "--eval_every=3", "--resume=auto") == whole_run[1]
+    assert process.wait(100) == 0 and "stopped as asked" in log.read_text()
+    [saved] = (folder / "checkpoints").glob("step_*/resume")
+    step, before = int(saved.parent.name.removeprefix("step_")), metrics(folder)
+    assert step < 5 and before == whole_run[1][: len(before)]
+
+    process = start(*command, "--save_every=1", log=log)
+    wait_for((folder / "checkpoints" / f"step_{step + 1}").exists, process, log)
+    kill(process)
+    assert process.returncode == -signal.SIGKILL
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"step": {step + 1}, "rewa')
+    assert train(folder, *flags, "--save_every=0") == whole_run[1]
 
 
 def test_the_checkpoint_is_the_trained_model(whole_run):
@@ -194,19 +187,18 @@ def test_help_has_groups_choices_and_the_defaults_of_the_setting(setting, lr, ca
     assert "[C] its authors' code" in out and all(f"  {name} " in out for name in PRESETS)
 
 
-def test_the_demos_values_are_not_kept_in_silence(capsys):
-    a3po.announce(a3po.parse_args(["--setting=demo"]), [])
-    assert "NOTE" not in capsys.readouterr().out
-    own = ["--setting=demo", "--data=mine.jsonl", "--max_response_length", "64"]
-    a3po.announce(a3po.parse_args(own), own)
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert "NOTE" in said and "--max_prompt_length 64" in said and "--eval_data" in said
-    assert "--max_response_length" not in said
+def test_what_runs_is_said_first(capsys, monkeypatch):
+    monkeypatch.setattr(a3po, "load_inputs", lambda _: None)
+    a3po.main(["--setting=demo", "--preset=dapo", "--data=mine.jsonl", "--steps=7", "--check"])
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("dapo in the demo setting: ")
+    assert "mine.jsonl, 7 steps of 32 x 8" in first
+    assert "at most 64 tokens, lr 0.00015, 1 rank(s)" in first
 
 
 @pytest.mark.slow
 def test_the_gpu_checks_run_on_a_cpu_too():
-    done = run("tests/gpu_check.py")
+    done = run("tests/tools/gpu_check.py")
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert sum(line.endswith("ok") for line in lines) == 13 and "LOOK" not in done.stdout
@@ -216,7 +208,7 @@ def test_the_gpu_checks_run_on_a_cpu_too():
 
 @pytest.mark.slow
 def test_three_kills_change_nothing():
-    done = run("tests/kills.py", "--kills=3", timeout=400)
+    done = run("tests/tools/kills.py", "--kills=3", timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "3 kills, 7 steps: every line" in done.stdout
 
@@ -307,7 +299,7 @@ def test_faults_of_vllm_are_sentences():
                                          "lower --max_num_seqs"):
         next(Engine.generate(engine, [prompt], 1, [0], max_tokens=3))
     with pytest.raises(UsageError, match="failed to take the new weights .KeyError: 'lm_head"):
-        Engine.load_weights(engine, [])
+        Engine.sync(engine, [])
 
 
 def test_graders_that_fail_end_the_run():
@@ -323,7 +315,8 @@ def test_graders_that_fail_end_the_run():
 
 def test_an_error_in_the_middle_says_where_the_run_stands(tmp_path, capsys, monkeypatch):
     def fail(config, run):
-        run.step, run.saved = 7, 5
+        run.step = 7
+        (run.checkpoints / "step_5").mkdir(parents=True)
         raise UsageError("vLLM failed")
 
     monkeypatch.setattr(a3po, "train", fail)
@@ -345,32 +338,61 @@ def test_an_engine_that_wakes_up_as_another_is_seen(broken, monkeypatch):
         def sleep(self):
             self.gap = 0.1 if broken else 1e-3
 
-    monkeypatch.setattr(checks, "sync", lambda *_: None)
+        def sync(self, weights):
+            pass
+
+    monkeypatch.setattr(checks, "full_weights", lambda *_: None)
     if not broken:
         return checks.check_sleep(Sleeper(), None, None, [1, 2])
     with pytest.raises(UsageError, match=r"put to sleep .*log p -1.000, then -1.100"):
         checks.check_sleep(Sleeper(), None, None, [1, 2])
 
 
-def batch(gap: float = 0.0, moved: float = 0.0) -> dict:
-    ours = torch.full((2, 3), -1.0)
-    return dict(mask=torch.tensor([[True] * 3, [True, False, False]]), logprobs=ours,
-                rollout_logprobs=ours + gap, old_logprobs=ours + moved)
-
-
 @pytest.mark.parametrize(
     "gap, moved, says",
-    [(0, 0, ""), (5e-4, 0, ""), (2e-3, 0, "mismatch_mean"), (float("nan"), 0, ""),
-     (0, 5e-4, ""), (0, 2e-3, "ratio_max_deviation"), (0, float("nan"), "ratio_max_deviation")],
+    [(0, 0, ""), (5e-4, 0, ""), (2e-3, 0, "mismatch_mean 0.002"), (float("nan"), 0, "mismatch"),
+     (None, None, ""), (0, 5e-4, ""), (0, 2e-3, "ratio_max_deviation 0.002"),
+     (0, float("nan"), "ratio_max_deviation")],
 )
 def test_a_run_stops_where_vllm_and_the_trainer_differ(gap, moved, says):
-    batches = [[batch(gap, moved)], [batch(9.0)]]  # the first micro-batch is looked at
+    """None: a step without a signal."""
+    metrics = dict(mismatch_mean=gap, ratio_max_deviation=moved)
     if not says:
-        a3po.check_agreement(lambda b: (b["logprobs"], None, None), batches, 1e-3)
-        return
+        return checks.check_agreement(metrics, None)
     with pytest.raises(UsageError, match=says):
-        a3po.check_agreement(lambda b: (b["logprobs"], None, None), batches, 1e-3)
-    a3po.check_agreement(None, [[]], 1e-3)  # a step without a signal
+        checks.check_agreement(metrics, None)
+    if gap:
+        checks.check_agreement(dict(metrics, mismatch_mean=0.02), torch.bfloat16)
+
+
+def test_a_token_that_vllm_gives_no_chance_is_no_mismatch():
+    zeros = torch.zeros(1, 2)
+    batch = dict(mask=zeros == 0, correct=torch.tensor([True]), old_logprobs=zeros - 1,
+                 rollout_logprobs=torch.tensor([[-1.5, -torch.inf]]), entropy=zeros)
+    assert token_metrics([[batch]])["mismatch_mean"] == 0.25
+
+
+def test_what_cannot_fit_into_a_gpu_is_refused_by_arithmetic():
+    """16 bytes a parameter that this rank holds (weights, gradients, Adam), and 5 GiB beside."""
+    GIB, model = 2**30, torch.nn.Linear(1000, 1000, bias=False)
+    policy = torch.nn.Sequential(model, torch.nn.Linear(1000, 1000))
+    held = 16 * 2_001_000
+    said = checks.check_memory(policy, None, 0.6, 80 * GIB)
+    assert said == ("weights, Adam and gradients take 0.0 GiB of a GPU's 80; --gpu_memory could be "
+                    "0.94 (--dry_run)")
+    with pytest.raises(UsageError, match="does not fit: .* take more GPUs"):
+        checks.check_memory(policy, None, 0.6, 5 * GIB + held - 1)
+    with pytest.raises(UsageError, match="take more GPUs"):  # a reference is held too
+        checks.check_memory(policy, policy, 0.6, 5 * GIB + held + 4 * 2_001_000 - 1)
+    with pytest.raises(UsageError, match=r"lower --gpu_memory 0.6 to at most 0.37$"):
+        checks.check_memory(policy, None, 0.6, 8 * GIB)
+
+    class Shard(torch.nn.Parameter):
+        def to_local(self):
+            return self[:125]
+
+    model.weight = Shard(model.weight.detach())
+    assert checks.local_parameters(model) == 125_000 and checks.local_parameters(None) == 0
 
 
 def planted(draw: int, dead: float) -> list[Sample]:
@@ -398,7 +420,7 @@ def test_draws_by_expected_need_choose_no_group_by_its_length(dead, monkeypatch)
         groups, drawn = a3po.sample_groups(None, None, None, sampler, config, {})
         assert len(groups) <= 64 and len(drawn) <= 4 * 64
         used += [group[0].prompt.problem for group in groups]
-    expected = [draw for draw in range(sampler.cursor) if a3po.is_live(planted(draw, dead))]
+    expected = [draw for draw in range(sampler.cursor) if is_live(planted(draw, dead))]
     assert used == expected
     if dead < 0.9:
         assert len(used) == 6400 and len(rounds) <= 1.25 * 100
@@ -408,24 +430,26 @@ def test_training_on_nothing_is_said():
     problem = Problem("1", "?", "1")
     grades = [verify.Grade(False, None, "bad_reference", "cannot be parsed")] * 2
     group = [Sample(Prompt(problem, [1]), [1], [0.0], "stop", grade=grade) for grade in grades]
-    said = a3po.no_signal([group], a3po.Config())
+    said = a3po.no_signal([group], "")
     assert "0 of 2 responses are correct, 2 bad_reference, first: cannot be parsed" in said
     for sample in group:
         sample.grade = verify.Grade(False, None, "error", "ValueError: no", float("nan"))
     with pytest.raises(UsageError, match="--reward x:y failed for all 2 responses, first: Value"):
-        a3po.no_signal([group], a3po.Config(reward="x:y"))
-    metrics = a3po.rollout_metrics([group], a3po.Config(reward="x:y", group_size=2))
+        a3po.no_signal([group], "x:y")
+    metrics = rollout_metrics([group], torch.zeros(2), 1)
     assert metrics["reward_errors"] == 2 and metrics["response_length_positive"] is None
-    nothing = a3po.token_metrics([]) | a3po.diagnose([], 4)
+    nothing = token_metrics([]) | a3po.diagnose([], 4)
     empty = ("entropy", "entropy_positive", "mismatch_mean", "loss", "ratio_max", "grad_norm")
     assert all(nothing[name] is None for name in empty)
 
 
 def test_every_number_has_a_range_that_holds_the_presets():
-    numbers = {f.name for f in dataclasses.fields(a3po.Config) if type(f.default) in (int, float)}
-    named = " ".join(RANGES.values()).split()
-    assert set(named) == numbers and len(named) == len(numbers)
-    for setting in a3po.SETTINGS:
+    for field in dataclasses.fields(a3po.Config):
+        if type(field.default) in (int, float):
+            assert field.metadata["low"] >= 0
+            with pytest.raises(UsageError, match=f"--{field.name} nan: give a value in [\\[(]"):
+                a3po.check_config(a3po.Config(**{field.name: float("nan")}))
+    for setting in SETTINGS:
         for preset in PRESETS:
             a3po.check_config(a3po.parse_args([f"--setting={setting}", f"--preset={preset}"]))
 

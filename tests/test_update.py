@@ -1,20 +1,24 @@
 """The update: token log-probs, and a gradient that no split of the batch can change."""
 
 import copy
+import json
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_model, run
-from gradient_worker import Recorder, fixed_samples, one_mini_batch
+from gradient_worker import Recorder, fixed_samples, measure, one_mini_batch
 from model_worker import make
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import a3po
 import model as policy_model
+from rollout import empty_sample
 from shelf import ranks
+from shelf.metrics import token_metrics
 
 
 def full_logprobs(hidden, weight, targets, temperature):
@@ -179,7 +183,7 @@ def test_from_the_batch_to_the_step_nothing_is_read_but_the_statistics(
         return dict.fromkeys(sums, 1.0)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attention)
-    monkeypatch.setattr(a3po, "read", read)
+    monkeypatch.setattr(a3po, "reduce_over_ranks", read)
     mini_batches = a3po.make_batches([samples[:5], samples[5:]], config, 0, "cpu", kernel)
     with NothingIsRead():
         a3po.score(policy, reference, mini_batches, config)
@@ -189,32 +193,45 @@ def test_from_the_batch_to_the_step_nothing_is_read_but_the_statistics(
         torch.ones(3)[torch.tensor([True, False, True])]
 
 
-def worker(tmp_path, model, ranks, parallel, tokens, *flags):
-    out = tmp_path / f"{ranks}-{parallel}-{tokens}.pt"
-    command = ["tests/gradient_worker.py", model, parallel, str(tokens), str(out), *flags]
+def on_ranks(ranks: int, out: Path, jobs: list[list]) -> list[dict]:
+    """The results of gradient_worker.measure for all jobs, from one start of several ranks."""
+    command = ["tests/gradient_worker.py", str(out), *map(json.dumps, jobs)]
     done = run(*command, ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out)
 
 
-@pytest.mark.parametrize(
-    "flags, splits",
-    [
-        (["--kl_coef=0.1"], [(1, "fsdp", 60), (2, "fsdp", 60), (2, "ddp", 100)]),
-        (["--preset=lp_reg", "--proxy_delta=0.3"], [(2, "fsdp", 60)]),
-        pytest.param(["--loss_agg=seq-mean-token-mean", "--preset=fork_tokens"],
-                     [(2, "fsdp", 60)], marks=pytest.mark.slow),
-        pytest.param(["--preset=fork_tokens"], [(1, "fsdp", 60), (2, "ddp", 60)],
-                     marks=pytest.mark.slow),
-    ],
-)
-def test_gradient_does_not_depend_on_micro_batches_or_ranks(tmp_path, tiny_model, flags, splits):
+CASES = {  # flags, and the splits to compare: ranks, how, tokens of a micro-batch
+    "kl": (["--kl_coef=0.1"], [(1, "fsdp", 60), (2, "fsdp", 60), (2, "ddp", 100)]),
+    "lp_reg": (["--preset=lp_reg", "--proxy_delta=0.3"], [(2, "fsdp", 60)]),
+    "sequence means": (["--loss_agg=seq-mean-token-mean", "--preset=fork_tokens"],
+                       [(2, "fsdp", 60)]),
+    "fork_tokens": (["--preset=fork_tokens"], [(1, "fsdp", 60), (2, "ddp", 60)]),
+}
+
+
+@pytest.fixture(scope="module")
+def by_two_ranks(tiny_model, tmp_path_factory) -> dict:
+    """The results of two ranks, by case and split."""
+    names = [(case, split) for case, (_, splits) in CASES.items() for split in splits
+             if split[0] == 2]
+    jobs = [[tiny_model, *split[1:], *CASES[case][0]] for case, split in names]
+    results = on_ranks(2, tmp_path_factory.mktemp("two") / "results.pt", jobs)
+    return dict(zip(names, results, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_does_not_depend_on_micro_batches_or_ranks(case, tiny_model, by_two_ranks):
     """All in one bin; many micro-batches; two ranks with FSDP2 and with DDP, where one rank runs
     out of micro-batches first."""
-    whole = worker(tmp_path, tiny_model, 1, "fsdp", 100_000, *flags)
+    flags, splits = CASES[case]
+    whole = measure(tiny_model, "fsdp", 100_000, *flags)
     assert max(g.abs().max() for g in whole["gradient"].values()) > 1e-3
     for split in splits:
-        other = worker(tmp_path, tiny_model, *split, *flags)
+        if split[0] == 2:
+            other = by_two_ranks[case, split]
+        else:
+            other = measure(tiny_model, *split[1:], *flags)
         for name, gradient in whole["gradient"].items():
             scale = gradient.abs().max()
             assert (gradient - other["gradient"][name]).abs().max() <= 1e-5 * scale, (split, name)
@@ -227,15 +244,16 @@ def test_gradient_does_not_depend_on_micro_batches_or_ranks(tmp_path, tiny_model
 @pytest.mark.slow
 def test_copies_within_machines_have_the_gradient_of_one(tmp_path, tiny_model):
     """HSDP: two copies, each over two ranks; also where the layers are not called `layers`."""
-    whole = worker(tmp_path, tiny_model, 1, "fsdp", 100_000)
-    parts = worker(tmp_path, tiny_model, 4, "fsdp", 60, "--shard_ranks=2")
+    whole = measure(tiny_model, "fsdp", 100_000)
+    [parts] = on_ranks(4, tmp_path / "four.pt", [[tiny_model, "fsdp", 60, "--shard_ranks=2"]])
     for name, gradient in whole["gradient"].items():
         assert (gradient - parts["gradient"][name]).abs().max() <= 1e-5 * gradient.abs().max(), name
     for key, value in whole["metrics"].items():
         assert parts["metrics"][key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
-    make("gpt2", tmp_path / "gpt2")
-    gpt2 = [worker(tmp_path, str(tmp_path / "gpt2"), n, "fsdp", 60)["metrics"] for n in (1, 2)]
-    assert gpt2[0]["grad_norm"] == pytest.approx(gpt2[1]["grad_norm"], rel=1e-5)
+    gpt2 = make("gpt2", tmp_path / "gpt2")
+    [two] = on_ranks(2, tmp_path / "two.pt", [[gpt2, "fsdp", 60]])
+    one = measure(gpt2, "fsdp", 60)
+    assert one["metrics"]["grad_norm"] == pytest.approx(two["metrics"]["grad_norm"], rel=1e-5)
 
 
 def test_fresh_policy_has_ratio_one_whatever_the_batching(tiny_model):
@@ -257,7 +275,7 @@ def test_metrics_do_not_depend_on_micro_batches(tiny_model):
             for parameter in inner.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
         metrics = a3po.update(policy, Recorder(inner), mini_batches, config, a3po.rho_at(0, config))
-        results.append(metrics | a3po.token_metrics(mini_batches))
+        results.append(metrics | token_metrics(mini_batches))
     assert results[0]["ratio_max"] > 0.1 and results[0]["clip_high"] > 0
     assert results[0] == pytest.approx(results[1], rel=1e-4, abs=1e-6)
 
@@ -333,7 +351,7 @@ def test_every_rank_gets_equally_many_micro_batches(monkeypatch):
 def test_an_empty_micro_batch_has_a_gradient_of_zeros(tiny_model):
     """Under FSDP and DDP its backward pass takes part in the collectives of all parameters."""
     config, policy, inner = build(tiny_model, "--kl_coef=0.1")
-    empty = policy_model.collate([a3po.nothing()], "cpu", "grids") | dict(trained=True)
+    empty = policy_model.collate([empty_sample()], "cpu", "grids") | dict(trained=True)
     real = one_mini_batch(fixed_samples(), config)
     a3po.score(policy, policy, [[empty], *real], config)
     alone = gradient_of(config, policy, inner, real)

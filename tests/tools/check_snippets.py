@@ -1,6 +1,6 @@
 """The README's copy-paste claims, checked with a Python that has trl==1.16.0:
 
-    python tests/check_snippets.py
+    python tests/tools/check_snippets.py
 
 The loss section of a3po.py is executed alone, then the README's TRL trainer and verl lines run on
 it, and their advantages are compared, token by token, with `shape_advantages` called directly.
@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 from bench_trl import digits_are_even  # noqa: E402
 from conftest import make_model  # noqa: E402

@@ -1,6 +1,6 @@
 """How fast the graders are: checks/s and tests/s of wall time, and milliseconds of CPU each.
 
-    python tests/bench_verify.py [--workers N] [--n N]
+    python tests/tools/bench_verify.py [--workers N] [--n N]
 
 Floors on two idle cores: 1,000 checks/s for integer answers, 200 code tests/s.
 """
@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import verify  # noqa: E402
 
 ADD = "a, b = map(int, input().split())\nprint(a + b)"

@@ -1,9 +1,9 @@
 """Benchmarks of the update, as ratios against a named peer in the same run.
 
-    python tests/bench_update.py                       log-probs, batching, shaping
-    python tests/bench_update.py gpu                   MFU of the update, Qwen3-1.7B's shape
-    python tests/bench_update.py trl --trl_python P    one RL step against TRL's GRPOTrainer;
-                                                       P: a Python that has trl==1.16.0
+    python tests/tools/bench_update.py                       log-probs, batching, shaping
+    python tests/tools/bench_update.py gpu                   MFU of the update, Qwen3-1.7B's shape
+    python tests/tools/bench_update.py trl --trl_python P    one RL step against TRL's trainer;
+                                                             P: a Python that has trl==1.16.0
 
 CPU figures are process time at one thread, medians of interleaved rounds; on a GPU, CUDA-event
 time and the allocator's peak.
@@ -22,8 +22,9 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(ROOT), str(HERE)]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
@@ -283,7 +284,7 @@ def our_steps(folder: str, tokens: int, steps: int, warmup: int = 2) -> dict[str
         a3po.score(policy, reference, mini_batches, config)
         a3po.update(policy, optimizer, mini_batches, config, a3po.rho_at(step, config))
         update_cpu.append(time.process_time() - sampled)
-        engine.load_weights(full_weights(model))
+        engine.sync(full_weights(model))
         step_cpu.append(time.process_time() - began)
         count.append(sum(len(sample.ids) for group in groups for sample in group))
     total = sum(count[warmup:])
@@ -299,7 +300,7 @@ def bench_trl(trl_python: str, rounds: int, steps: int) -> None:
             for _ in range(rounds):
                 for name, python, script in (
                     ("ours", sys.executable, [__file__, "our_steps"]),
-                    ("trl", trl_python, [str(ROOT / "tests" / "bench_trl.py")]),
+                    ("trl", trl_python, [str(HERE / "bench_trl.py")]),
                 ):
                     command = [python, *script, folder, str(tokens), str(steps)]
                     done = subprocess.run(command, capture_output=True, text=True, cwd=folder,

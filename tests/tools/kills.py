@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["--setting=demo", "--prompts_per_step=8", "--group_size=4", "--mini_batches=2",
          "--eval_limit=8", "--eval_every=7", "--save_every=1", "--keep_checkpoints=2"]
 

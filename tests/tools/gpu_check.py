@@ -1,8 +1,8 @@
 """The first hour on a GPU: a line for each check, the measured figure beside the expected one.
 
-    python tests/gpu_check.py --model Qwen/Qwen3-1.7B-Base --data D.jsonl    one GPU
-    python tests/gpu_check.py --ranks 8                                      the paper's model on 8
-    python tests/gpu_check.py                                                on a CPU: the demo, toy
+    python tests/tools/gpu_check.py --model Qwen/Qwen3-1.7B-Base --data D.jsonl one GPU
+    python tests/tools/gpu_check.py --ranks 8                                   8, the paper's model
+    python tests/tools/gpu_check.py                                             a CPU: the demo, toy
 
 Each precision trains three steps as a3po.py does, in processes of its own; other flags go to it.
 Once more with compiled layers, which a3po.py has no option for. That weights reach vLLM, and that
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import a3po  # noqa: E402
 import model  # noqa: E402
@@ -137,7 +137,7 @@ def main() -> None:
     check_attention()
     for how in ("bf16", "bf16 compiled", "fp16") if GPU else ("fp32", "fp16", "bf16 compiled"):
         precision, _, compile = how.partition(" ")
-        script = ["tests/gpu_check.py", "compiled"] if compile else ["a3po.py"]
+        script = ["tests/tools/gpu_check.py", "compiled"] if compile else ["a3po.py"]
         with tempfile.TemporaryDirectory() as folder:
             if steps := train(precision, args.ranks, flags, Path(folder) / "run", script):
                 check(how, args.ranks, steps, planned)
