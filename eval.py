@@ -258,7 +258,7 @@ class OutputFolder:
         self.path, self.active = folder_path("--out", folder), bool(folder)
         self.results = dict(settings=settings, benchmarks={}, scores={})
         if self.active and (self.path / "results.json").exists():
-            self.results |= json.loads((self.path / "results.json").read_text())
+            self.results |= verify.read_json(self.path / "results.json")
         for key in KEPT:
             old, new = self.results["settings"][key], settings[key]
             if old != new:

@@ -61,6 +61,15 @@ class _NeedsSympy(Exception):
 # ---- input: the project's one reader of JSON lines -----------------------------------------------
 
 
+def read_json(path: Any) -> dict:
+    """Return the object in a file of our own; raises UsageError where it was cut or damaged."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return dict(json.load(file))
+    except (OSError, ValueError, TypeError) as why:
+        raise UsageError(f"{path}: damaged or unreadable: {why}") from None
+
+
 def read_jsonl(path: str, skip_broken: bool = False) -> Iterator[tuple[str, dict]]:
     """Yield ("FILE:LINE", row) for each line that is not blank; raises UsageError. skip_broken:
     broken lines (cut short by a kill) are left out, and a missing file is empty."""

@@ -25,7 +25,7 @@ from rollout import Sample
 from shelf.config import FREE, Config
 from shelf.ranks import UsageError, gather, rank, say
 from shelf.report import Console, before_after, plot_runs
-from verify import read_jsonl
+from verify import read_json, read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -169,7 +169,7 @@ class RunFolder:
         """Say and return which flags are not those that the run was started with; UsageError where
         they change the method or the data, unless that is wanted."""
         path, settings = self.path / "config.json", vars(self.config)
-        old = json.loads(path.read_text()) if path.exists() else settings
+        old = read_json(path) if path.exists() else settings
         changed = [f"--{name} {old[name]} -> {value}" for name, value in settings.items()
                    if name in old and name not in FREE and old[name] != value]
         if changed and not self.config.resume_changed:

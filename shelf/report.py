@@ -8,7 +8,7 @@ import numpy as np
 
 from shelf.metrics import describe
 from shelf.ranks import UsageError, say
-from verify import read_jsonl
+from verify import read_json, read_jsonl
 
 PAPER = "aime24 aime25 math500 gpqa livecodebench".split()  # the five that it averages
 # The flags of an evaluation without which its numbers mean something else
@@ -119,7 +119,7 @@ def paired_bootstrap(differences: list[np.ndarray], resamples: int = 10_000) -> 
 
 def read_results(folder: str) -> dict:
     path = Path(folder) / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = read_json(path) if path.exists() else {}
     if not results.get("scores"):
         raise UsageError(f"{folder}: no finished evaluation (results.json with scores)")
     return results
@@ -174,7 +174,7 @@ def group_runs(folders: list[Path]) -> dict[str, list[list[dict]]]:
         records = [record for _, record in read_jsonl(path, skip_broken=True)]
         if not records:
             raise UsageError(f"{path}: no such file, or empty; give a run's folder")
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
         for key in ("seed", "output_dir", "resume", "resume_changed", "check", "environment"):
             config.pop(key, None)
         groups.setdefault(json.dumps(config, sort_keys=True), (config, []))[1].append(records)

@@ -14,7 +14,7 @@ from pathlib import Path
 from shelf.folder import replace_file
 from shelf.metrics import describe
 from shelf.ranks import UsageError
-from verify import read_jsonl
+from verify import read_json, read_jsonl
 
 PAGE = Path(__file__).with_name("page.html")  # the data takes the place of /*DATA*/
 CURVES = (("reward", "eval_accuracy"), ("entropy_positive", "entropy_negative", "entropy"),
@@ -40,7 +40,7 @@ def of_training(folder: Path) -> dict:
     """Return what the page shows of a training run."""
     from shelf.config import defaults
 
-    settings = json.loads((folder / "config.json").read_text())
+    settings = read_json(folder / "config.json")
     usual = vars(defaults(settings["setting"], settings["preset"]))
     changed = [[name, str(value), str(usual[name])] for name, value in settings.items()
                if name in usual and value != usual[name] and name not in ("output_dir", "resume")]
@@ -62,7 +62,7 @@ def of_training(folder: Path) -> dict:
 
 def of_evaluation(folder: Path) -> dict:
     """Return what the page shows of an evaluation."""
-    results = json.loads((folder / "results.json").read_text())
+    results = read_json(folder / "results.json")
     about = results["settings"] | results["environment"]
     responses = [x | dict(text=x["response"], problem=f"{x['benchmark']}: {x['id']}",
                           reference=x.get("answer")) for x in read(folder / "samples.jsonl")]

@@ -256,6 +256,24 @@ def test_changed_flags_are_said_and_refused(tmp_path, capsys):
     RunFolder(settings(tmp_path / "run", resume="auto", lr=2.0, steps=11))
 
 
+@pytest.mark.parametrize("command", ["resume", "plot", "show", "compare", "eval"])
+@pytest.mark.parametrize("text", ["", '{"seed": 1, "pre', "[1]"])
+def test_a_damaged_file_of_ours_is_one_sentence(command, text, tmp_path, capsys):
+    name = "results.json" if command in ("compare", "eval") else "config.json"
+    if name == "config.json":
+        (tmp_path / "metrics.jsonl").write_text('{"step": 0, "reward": 1.0}\n')
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        if command == "resume":
+            a3po.main(["--setting=demo", f"--output_dir={tmp_path}", "--resume=auto"])
+        elif command == "eval":
+            evaluation.main(["--model=demo/model", "--limit=1", f"--out={tmp_path}"])
+        else:
+            evaluation.main([command, str(tmp_path)])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith(f"error: {tmp_path / name}: damaged or unreada")
+
+
 def test_a_file_stops_a_run_and_an_interrupt_says_how_to_go_on(tmp_path, capsys):
     folder = RunFolder(settings(tmp_path / "run"))
     folder.open(0)
