@@ -201,7 +201,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
     first.add_argument("--preset")
     base = defaults(**vars(first.parse_known_args(argv)[0]))
     parser = argparse.ArgumentParser(
-        usage="a3po.py [--FLAG VALUE ...]",
+        "a3po.py", usage="a3po.py [--FLAG VALUE ...]",
         description=HELP.format(setting=base.setting, preset=base.preset),
         epilog="presets:\n" + "\n".join(f"  {k:15}{text}" for k, (text, _) in PRESETS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter, **flags,

@@ -219,6 +219,7 @@ def main(argv: list[str] | None = None) -> None:
                                 ("mean_length", 3000, "tokens of a mean response")):
         parser.add_argument(f"--{name}", type=int, default=default,
                             help=f"{text} (default: %(default)s)")
+    parser.add_argument("--dry_run", action="store_true", help=argparse.SUPPRESS)
     args, rest = parser.parse_known_args(argv)
     flags, ranks, gpu = ["--setting=paper", *rest], args.gpus * args.nodes, args.gpu_gb * GIB
     try:
@@ -231,3 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     except UsageError as why:
         print(f"error: {why}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
 """What the recipes and the READMEs tell a reader to type: the program accepts it; and every block
 of code in README.md is run, Python as it stands, commands made short."""
 
+import ast
 import contextlib
 import io
 import itertools
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -165,6 +167,29 @@ def test_readme(path):
 def test_readme_is_one_sitting():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 190
     assert max(map(len, (ROOT / "README.md").read_text().splitlines())) <= 120
+
+
+ORDER = """ranks sandbox answers verify rollout config data metrics report folder model checkpoints
+checks show eval a3po plan""".split()  # from the ground up
+
+
+def imported_by(path: Path) -> set[str]:
+    """Names of our modules that a file imports, at its top or in a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name.removeprefix("shelf.") for name in found} & {*ORDER}
+
+
+def test_imports_point_downwards():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("shelf/*.py")]
+    named = {path.stem: path for path in files if path.stem != "__init__"}
+    assert named.keys() == {*ORDER} and len([*ROOT.glob("*.py")]) == 5
+    for name, path in named.items():
+        assert imported_by(path) <= {*ORDER[: ORDER.index(name)]}, name
 
 
 def test_every_test_file_is_described():

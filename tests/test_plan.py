@@ -9,7 +9,6 @@ import pytest
 from conftest import ROOT
 from model_worker import make
 
-import a3po
 from shelf import plan
 from shelf.ranks import UsageError
 
@@ -122,12 +121,12 @@ def test_under_ddp_sharding_is_tried_first(measured, monkeypatch):
 
 def test_the_command_says_what_was_measured(measured, monkeypatch, capsys):
     monkeypatch.setattr(plan, "in_process", lambda ranks, argv: copy.deepcopy(measured))
-    a3po.main(["--dry_run", "--gpus=4", "--nodes=2"])
+    plan.main(["--gpus=4", "--nodes=2"])
     out = capsys.readouterr().out
     assert "parameters on 8 GPUs" in out and "measured at 512 tokens:\n  weights" in out
     assert "beside about 5 of CUDA" in out and out.endswith("\nit fits\n")
     with pytest.raises(SystemExit) as ended:
-        a3po.main(["--dry_run", "--gpu_gb=1"])
+        plan.main(["--gpu_gb=1"])
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert said == ("error: it does not fit: the update takes 5.0 GiB a GPU; nothing that was "
