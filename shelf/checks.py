@@ -63,9 +63,12 @@ def check_memory(policy: nn.Module, reference: nn.Module | None, gpu_memory: flo
 
 def local_parameters(module: nn.Module | None) -> int:
     """Return how many parameters of a module this rank holds: of sharded ones its part."""
-    parameters = [] if module is None else module.parameters()
-    local = [p.to_local() if hasattr(p, "to_local") else p for p in parameters]
-    return sum(p.numel() for p in local)
+    return 0 if module is None else sum(local(p).numel() for p in module.parameters())
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a parameter."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def check_sleep(engine: Engine, model: nn.Module, dtype: torch.dtype | None,

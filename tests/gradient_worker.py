@@ -7,6 +7,7 @@ usage: gradient_worker.py OUT.pt JOB...    a job in JSON: [model, "fsdp" or "ddp
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import numpy as np
 import a3po
 import model as policy_model
 from rollout import Prompt, Sample
-from shelf import ranks
+from shelf import checks, ranks
 from verify import Grade
 
 
@@ -82,9 +83,32 @@ def measure(model: str, parallel: str, tokens: int, *flags: str, device: str = "
     return dict(gradient=recorder.gradient, weights=weights, metrics=metrics)
 
 
+def overflow(model: str, parallel: str, device: str = "cpu") -> dict:
+    """Return what an fp16 update that overflows on one rank does on each of them, and then one that
+    does not: [metrics, the loss scale after it, whether this rank's weights have changed]."""
+    config = a3po.parse_args(["--setting=demo", f"--model={model}", f"--parallel={parallel}"])
+    policy, _, _, optimizer = a3po.build(config, device, "grids", torch.float16)
+    scaler, found = torch.amp.GradScaler(device), []
+    for advantage in (math.inf, 1.0):
+        samples = fixed_samples()
+        samples[0].advantage = advantage
+        mini_batches = one_mini_batch(samples, config)
+        before = [checks.local(p).clone() for p in policy.parameters()]  # before a forward
+        a3po.score(policy, None, mini_batches, config)
+        metrics = a3po.update(policy, optimizer, mini_batches, config, a3po.rho_at(0, config),
+                              scaler)
+        moved = any(not torch.equal(checks.local(p), old)
+                    for p, old in zip(policy.parameters(), before, strict=True))
+        found.append([metrics["skipped_updates"], scaler.get_scale(), moved])
+    return dict(found=ranks.gather([found]))
+
+
 def main(out: str, *jobs: str) -> None:
     device = ranks.init_distributed()
-    results = [measure(*json.loads(job), device=device) for job in jobs]
+    results = []
+    for job in map(json.loads, jobs):
+        what = overflow if len(job) == 2 else measure
+        results.append(what(*job, device=device))
     if ranks.rank() == 0:
         torch.save(results, out)
 

@@ -216,8 +216,17 @@ def by_two_ranks(tiny_model, tmp_path_factory) -> dict:
     names = [(case, split) for case, (_, splits) in CASES.items() for split in splits
              if split[0] == 2]
     jobs = [[tiny_model, *split[1:], *CASES[case][0]] for case, split in names]
+    names += ["overflow fsdp", "overflow ddp"]
+    jobs += [[tiny_model, "fsdp"], [tiny_model, "ddp"]]
     results = on_ranks(2, tmp_path_factory.mktemp("two") / "results.pt", jobs)
     return dict(zip(names, results, strict=True))
+
+
+@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+def test_an_overflow_on_one_rank_skips_the_step_on_both(by_two_ranks, parallel):
+    """fp16: the loss scale is halved on both, no weight moves; the next update is as usual."""
+    each = [[1, 2.0**15, False], [0, 2.0**15, True]]
+    assert by_two_ranks[f"overflow {parallel}"]["found"] == [each, each]
 
 
 @pytest.mark.parametrize("case", CASES)
