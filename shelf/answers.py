@@ -69,7 +69,7 @@ for _part in r"""
 _SPELLINGS |= dict.fromkeys([r"\,", r"\;", r"\:", r"\ ", "~"], " ") | {"\n": _WIDE}
 _WRITTEN = {  # commands with arguments: how many, and what becomes of them
     r"\frac": (2, r"\frac{%s}{%s}"), r"\binom": (2, r"\binom{%s}{%s}"), r"\text": (1, " %s "),
-    r"\color": (1, "%.0s "), r"\phantom": (1, "%.0s" + _WIDE), r"\mathbb": (1, r"\%s "),
+    r"\color": (1, "%.0s "), r"\phantom": (1, "%.0s" + _WIDE), r"\mathbb": (1, r"\%s "), r"\mod": (1, r"\mod{%s}"),
     r"\overline": (1, r"\overline{%s}"), r"\bar": (1, r"\bar{%s}"), r"\vec": (1, r"\vec{%s}"),
     r"\dot": (1, r"\dot{%s}"),
 }  # fmt: skip
@@ -526,7 +526,7 @@ def _is_rounding(exact: str, decimal: str, announced: bool) -> bool:
     """Tell whether a decimal is an exact number's rounding."""
     places, value = re.fullmatch(r"[+-]?[\d,]*\.?(\d*)", decimal), number(decimal)
     exact = _sympy(exact) if places and value is not None else None
-    if exact is None or not exact.doit().is_number:
+    if exact is None or not (exact.is_number and exact.doit().is_real):
         return False
     gap, half = abs(exact.doit() - value).evalf(), Fraction(1, 2 * 10 ** len(places[1]))
     return bool(gap <= half) and (announced or bool(gap > 0 and len(places[1]) >= 2))
@@ -722,7 +722,8 @@ def _same_number(gold: str, answer: str, g: Fraction, a: Fraction) -> bool:
 # ---- expressions --------------------------------------------------------------------------------
 
 _REFUSED = re.compile(  # for sympy: towers of numbers, many digits, two numbers, words, many bars
-    r"\d{200}|\^\{[+-]?\d+\}\^|\^\{[+-]?\d+\^\{[\d^{]*\^|\^\{[+-]?\d{6}|\d{5}\)?!|!!!|\d\s\d|\u2003"
+    r"\d{200}|\^\{[+-]?\d+\}\^|\^\{[+-]?(?!2\^\{1?\d\}|[3-9]\^\{[1-4]\})\d+\^|\^\{[+-]?\d{6}|\d{5}\)?!"
+    r"|!!!|\d\s\d|\u2003|:"
     r"|(?<![\\A-Za-z])(?:or|and|not|if|[A-Za-z]{5,})|(?:\|[^|]*){20}"
 )
 _FOR_THE_LIBRARY = (
