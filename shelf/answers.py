@@ -723,7 +723,7 @@ def _same_number(gold: str, answer: str, g: Fraction, a: Fraction) -> bool:
 
 _REFUSED = re.compile(  # for sympy: towers of numbers, many digits, two numbers, words, many bars
     r"\d{200}|\^\{[+-]?\d+\}\^|\^\{[+-]?(?!2\^\{1?\d\}|[3-9]\^\{[1-4]\})\d+\^|\^\{[+-]?\d{6}|\d{5}\)?!"
-    r"|!!!|\d\s\d|\u2003|:"
+    r"|!!!|\d\s\d|\u2003|:|(?:\^\{\w*\}){4}"
     r"|(?<![\\A-Za-z])(?:or|and|not|if|[A-Za-z]{5,})|(?:\|[^|]*){20}"
 )
 _FOR_THE_LIBRARY = (
