@@ -6,9 +6,9 @@ whatever a grader pays for, so these are rules, and an answer that no rule under
 
 - The gold's own text is right, whether or not it can be parsed.
 - A number wants a number: a gold that is written out (also in a list, tuple, set or interval) is
-  met by a written number of equal value, never by a computation of it. Other expressions are met by
-  equal ones, but what asks to be evaluated (a sum, a limit, 5!, \sin 60^\circ) counts only where the
-  gold has it. 2 + 3 = 5 counts by its last side if all sides are equal.
+  met by a written number of equal value, never by a computation of it. Other expressions are met
+  by equal ones, but what asks to be evaluated (a sum, a limit, 5!, \sin 60^\circ) counts only where
+  the gold has it. 2 + 3 = 5 counts by its last side if all sides are equal.
 - Words behind a number that change it or hedge are refused; units compare by name and size; any
   other word or two, or a missing unit, is forgiven.
 - Order, brackets, names, primes and marks mean something.
@@ -40,41 +40,44 @@ class BadReference(ValueError):
 _TOKEN = re.compile(
     r"(?P<nothing>\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?|\\!|\\[()\[\]])"
     r"|(?P<row>\\\\(?:\s*\[[-\d.]+\s*[a-z]+\])?)|(?P<dollar>^\$(?=[^$]*$))|(?P<power>\*\*)"
-    # 1 234, 1{,}234, 1'234; 1,234 in braces or behind a relation; {15} by itself
-    r"|(?P<number>(?<![\w.,}])\d{1,3}(?:(?:(?:\\[,;: ]|~|[ \u00a0\u2009\u202f])+|\{\\?,\}|,\\!\s*|')"
-    r"\d{3})+(?!\d)|(?:^|(?<=[-+=(,]))\{\d+\}(?!\s*[{^!\d])"
+    r"|\\begin\{(?:array\}\s*\{[^{}]*\}|[^{}]*\})|(?P<end>\\end\{[^{}]*\})"
+    # 1 234, 1{,}234, 1'234; {15} by itself; 1,234 in braces or behind a relation
+    r"|(?P<number>(?<![\w.,}])\d{1,3}(?:(?:(?:\\[,;: ]|~|[ \u00a0\u2009\u202f])+|\{\\?,\}|,\\!\s*"
+    r"|')\d{3})+(?!\d)|(?:^|(?<=[-+=(,]))\{\d+\}(?!\s*[{^!\d])"
     r"|(?:(?<=[=<>{])|(?<=[=<>] )|(?<=\\[lg]e )|(?<=\\[lg]eq ))\d{1,3}(?:,\d{3})+(?![\d,]))"
     r"|(?P<function>(?<![A-Za-z\\])(?:(?:arc(?:sin|cos|tan)|(?:sin|cos|tan)h?|cot|sec|csc|log|ln|exp"
-    r"|max|min|gcd|lcm)(?=\s*\}?\s*[({_^])|(?:sin|cos|tan|cot|log|ln)(?=\s*[\d\\]|\s+[a-z](?![a-z]))))"
+    r"|max|min|gcd|lcm)(?=\s*\}?\s*[({_^])|(?:sin|cos|tan|cot|log|ln)(?=\s*[\d\\]|\s+[a-z]\b)))"
     r"|\\[A-Za-z]+|\\.|\d+|[A-Za-z]+|\s+|.",
     re.S,
 )
 _PIECE = re.compile(r"\\[A-Za-z]+|\\.|\d+|[A-Za-z]+|.", re.S)  # of a text that is spelled
 _WIDE = "\u2003"  # a space that parts numbers
-_KINDS = {"nothing": "", "row": r"\\", "dollar": "dollars", "power": "^"}
+_KINDS = {"nothing": "", "row": r"\\", "dollar": "dollars", "power": "^", "end": r"\end"}
 _SPELLINGS = {}  # the first of each part stands for the others
 for _part in r"""
 - − – ﹣; \cdot · ⋅ ∗ * \times × \ast; / ÷ ⁄ \div; \pi π pi; \infty ∞ infinity inf; \sqrt √ sqrt;
-\le ≤ \leq \leqslant; \ge ≥ \geq \geqslant; \ne ≠ \neq; < \lt; > \gt; \pm ±; \mp ∓; . 。; , 、; \cup ∪;
-\in ∈; \setminus ∖ \smallsetminus \backslash; \emptyset ∅ \varnothing; \approx ≈; : \colon; \equiv ≡;
-\lor ∨ \vee; \R ℝ; \Z ℤ; ' ′ ’ \prime; T \top \intercal; i \imath; \mod \pmod \bmod; \{ \lbrace;
-° \degree \circ degree degrees deg; \} \rbrace; ( \langle ⟨; ) \rangle ⟩; | \vert \lvert \rvert \mid;
-% \% \percent percent percentage; euros € \euro; gbp £ \pounds; dollars \$; cents ¢; \color \textcolor; \frac \dfrac \tfrac
-\cfrac; \binom \dbinom \tbinom; \phantom \hphantom \hspace \vspace; \text \textrm \textbf \textit \textsf
-\texttt \textnormal \mbox \hbox \mathrm \mathbf \mathit \mathsf \mathtt \mathcal \bm \boldsymbol
-\operatorname \boxed \fbox \underline \emph \mathbin; NOTHING \displaystyle \textstyle \scriptstyle
-\limits \nolimits \large \Large \LARGE \huge \Huge \small \bf \it \rm \bfseries; WIDE $ \quad \qquad
+\le ≤ \leq \leqslant; \ge ≥ \geq \geqslant; \ne ≠ \neq; < \lt; > \gt; \pm ±; \mp ∓; . 。; , 、;
+\cup ∪; \in ∈; \setminus ∖ \smallsetminus \backslash; \emptyset ∅ \varnothing; \approx ≈; \R ℝ;
+\equiv ≡; \lor ∨ \vee; \Z ℤ; ' ′ ’ \prime; T \top \intercal; i \imath; \mod \pmod \bmod; : \colon;
+° \degree \circ degree degrees deg; \{ \lbrace; \} \rbrace; ( \langle ⟨; ) \rangle ⟩; cents ¢;
+| \vert \lvert \rvert \mid; % \% \percent percent percentage; euros € \euro; gbp £ \pounds;
+dollars \$; \color \textcolor; \frac \dfrac \tfrac \cfrac; \binom \dbinom \tbinom; \phantom
+\hphantom \hspace \vspace; \text \textrm \textbf \textit \textsf \texttt \textnormal \mbox \hbox
+\mathrm \mathbf \mathit \mathsf \mathtt \mathcal \bm \boldsymbol \operatorname \boxed \fbox
+\underline \emph \mathbin; WIDE $ \quad \qquad; NOTHING \displaystyle \textstyle \scriptstyle
+\limits \nolimits \large \Large \LARGE \huge \Huge \small \bf \it \rm \bfseries
 """.split(";"):
     _SPELLINGS |= dict.fromkeys(_part.split()[1:], _part.split()[0])
 _SPELLINGS |= dict.fromkeys([r"\,", r"\;", r"\:", r"\ ", "~"], " ") | {"\n": _WIDE}
 _WRITTEN = {  # commands with arguments: how many, and what becomes of them
     r"\frac": (2, r"\frac{%s}{%s}"), r"\binom": (2, r"\binom{%s}{%s}"), r"\text": (1, " %s "),
-    r"\color": (1, "%.0s "), r"\phantom": (1, "%.0s" + _WIDE), r"\mathbb": (1, r"\%s "), r"\mod": (1, r"\mod{%s}"),
+    r"\color": (1, "%.0s "), r"\phantom": (1, "%.0s" + _WIDE), r"\mathbb": (1, r"\%s "),
     r"\overline": (1, r"\overline{%s}"), r"\bar": (1, r"\bar{%s}"), r"\vec": (1, r"\vec{%s}"),
-    r"\dot": (1, r"\dot{%s}"),
+    r"\dot": (1, r"\dot{%s}"), r"\mod": (1, r"\mod{%s}"),
 }  # fmt: skip
 _INFIX = re.compile(r"(.*?)\\(over|choose)(?![A-Za-z])(.*)", re.S)
 _PARTNERS = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", r"\begin": r"\end"}
+_CLOSING = frozenset(_PARTNERS.values())
 
 
 def _script(match: re.Match) -> str:
@@ -145,13 +148,10 @@ def _construct(rest: list[str], depth: int) -> str:
         index = _argument(rest, depth, "[") if rest[-1] == "[" else "2"
         inner = _argument(rest, depth)
         return rf"\sqrt{{{inner}}}" if index == "2" else rf"({inner})^{{\frac{{1}}{{{index}}}}}"
-    if token == r"\begin":
-        name = _argument(rest, depth)
-        _ = _argument(rest, depth) if name == "array" else ""  # the columns
-        inner = _read(rest, r"\end", depth + 1)
-        _argument(rest, depth)
-        kind = "det" if name[0] in "vV" else "matrix" if name[-6:] in ("matrix", "array") else "list"
-        return rf"\begin{{{kind}}}{inner}\end "
+    if token.startswith(r"\begin{"):
+        kind = "matrix" if re.search("matrix|array", token) else "list"
+        kind = "det" if token[7] in "vV" else kind
+        return rf"\begin{{{kind}}}" + _read(rest, r"\end", depth + 1) + r"\end "
     return token + " " if token[0] == "\\" and token[-1].isalpha() else token
 
 
@@ -173,26 +173,6 @@ def _argument(rest: list[str], depth: int, opening: str = "(") -> str:
 def _key(text: str) -> str:
     """Return what equal texts have in common: all but the spaces that do not part digits."""
     return re.sub(r"(?<!\d)\s|\s(?!\d)", "", text)
-
-
-def _split(text: str, marks: frozenset) -> tuple[list[str], list[str]]:
-    """Return the parts between the marks that are outside all brackets, and these marks."""
-    parts, found, depth = [""], [], 0
-    for token in _PIECE.findall(text):
-        depth += (token in _PARTNERS) - (token in _CLOSING)
-        if not 0 <= depth <= MAX_DEPTH:
-            break
-        if depth == 0 and token in marks:
-            found.append(token)
-            parts.append("")
-        else:
-            parts[-1] += token
-    if depth:
-        raise ValueError("unbalanced, or nested too deeply")
-    return [part.strip() for part in parts], found
-
-
-_CLOSING = frozenset(_PARTNERS.values())
 
 
 # ---- numbers ------------------------------------------------------------------------------------
@@ -234,17 +214,14 @@ _UNITS = {}  # by name: what it is, in LaTeX
 for _part in r"""
 m meter metre = m; cm centimeter centimetre = m/100; mm millimeter millimetre = m/1000; km kilometer
 kilometre = 1000m; in inch = 0.0254m; ft foot feet = 0.3048m; yd yard = 0.9144m; mi mile = 1609.344m
-; acre = 4046.8564224m^2; hectare = 10000m^2; l L liter litre = m^3/1000; ml mL cc milliliter
-millilitre = m^3/1000000; gal gallon = 0.003785411784m^3; quart = 0.000946352946m^3; pint =
-0.000473176473m^3; g gram gm = k/1000; kg kilogram kilo = k; mg milligram = k/1000000; lb pound =
-0.45359237k; oz ounce = 0.028349523125k; ton tonne = 1000k; s sec second = s; ms millisecond =
-s/1000; min minute = 60s; h hr hour = 3600s; day = 86400s; wk week = 604800s; mo month = n; yr year
-= 12n; decade = 120n; century = 1200n; mph = 0.44704m/s; kph kmh kmph = 5m/(18s); Hz hertz = 1/s; N
-newton = km/s^2; J joule = km^2/s^2; kJ = 1000km^2/s^2; W watt = km^2/s^3; kW kilowatt =
-1000km^2/s^3; kWh = 3600000km^2/s^2; Pa pascal = k/(ms^2); V volt = v; A amp ampere = a; ohm = o; mol
-mole = p; kelvin = t; C celsius = c; F fahrenheit = f; ° = \theta; rad radian = \rho; grad gradian =
-\sigma; arcminute = \tau; unit = u; dollar USD = D; cent = D/100; euro = U; gbp = L;
-rupee = R; yen = Y""".split(";"):
+; l L liter litre = m^3/1000; ml mL cc milliliter millilitre = m^3/1000000; g gram = k/1000; kg kilo
+kilogram = k; mg milligram = k/1000000; lb pound = 0.45359237k; oz ounce = 0.028349523125k; s sec
+second = s; ms millisecond = s/1000; min minute = 60s; h hr hour = 3600s; day = 86400s; week =
+604800s; gallon = 0.003785411784m^3; month = n; yr year = 12n; mph = 0.44704m/s; kph = 5m/(18s); Hz
+hertz = 1/s; N newton = km/s^2; J joule = km^2/s^2; kJ = 1000km^2/s^2; W watt = km^2/s^3; kW
+kilowatt = 1000km^2/s^3; kWh = 3600000km^2/s^2; V volt = v; A amp = a; mol mole = p; C celsius = c; F
+fahrenheit = f; ° = \theta; rad radian = \rho; grad gradian = \sigma; arcminute = \tau; unit = u; dollar USD = D;
+cent = D/100; euro = U; gbp = L""".split(";"):
     _names, _size = _part.split("=")
     _UNITS |= dict.fromkeys(_names.split(), _size.strip())
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
@@ -252,17 +229,17 @@ _NUMERALS = frozenset(  # words that make another number of the one before
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
     "sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety "
     "hundred thousand million billion trillion milliard milliarden millone mille lakh crore wan "
-    "gross dozen score couple pair half halve third quarter fourth fifth sixth seventh eighth ninth "
-    "tenth eleventh twelfth twentieth hundredth thousandth millionth percent permille factorial "
+    "gross dozen score couple pair half halve third quarter fourth fifth sixth seventh eighth "
+    "ninth tenth eleventh twelfth twentieth hundredth thousandth millionth percent permille factorial "
     "squared cubed root power exponent log reciprocal inverse prime plus minus times "
     "time over divided multiplied added less more fewer greater smaller double doubled triple "
     "tripled quadruple quadrupled twice thrice halved point base mod modulo negative below above "
     "each every per choose minimum maximum max min up down off oh".split()
 )
 _HEDGES = frozenset(  # words that deny it, or leave it open
-    "and or not no nor never none neither either but except without if unless under when where else "
-    "otherwise instead than then with since because so alternatively maybe perhaps possibly may "
-    "probably likely unlikely approx approximately approximate about around roughly nearly almost "
+    "and or not no nor never none neither either but except without if unless under when where "
+    "else otherwise instead than then with since because so alternatively maybe perhaps possibly "
+    "may probably likely unlikely approx approximately approximate about around roughly nearly almost "
     "least most between is isn are was were be wrong incorrect false invalid true correct guess "
     "think hmm wait might could should would equal unsure".split()
 )
@@ -333,7 +310,8 @@ def _scale(gold: Any, answer: Any, texts: tuple[str, str]) -> Any:
     if gold is not None and answer is not None:
         return answer / gold if (answer / gold).is_Rational else None
     unit, bare = (gold, texts[1]) if answer is None else (answer, texts[0])
-    angle = {} if unit is None else {"theta", "rho", "sigma", "tau"} & {str(x) for x in unit.free_symbols}
+    letters = {str(x) for x in unit.free_symbols} if unit is not None else set()
+    angle = letters & {"theta", "rho", "sigma", "tau"}
     return None if angle and angle != {"rho" if r"\pi" in bare else "theta"} else 1
 
 
@@ -344,14 +322,14 @@ def _word(text: str) -> str:
 
 
 # ---- structure ----------------------------------------------------------------------------------
-# Lists, sets, intervals, equations: an answer is a tree, and trees are compared part by part, for
-# a number has to be written out wherever it stands.
+# An answer is a tree of lists, sets, intervals, equations: trees are compared part by part, for a
+# number has to be written out wherever it stands.
 
 
 class Node(NamedTuple):
-    """Part of an answer. kind: "leaf", "set" (items in any order), "()" "[)" "matrix" "row" "ratio"
-    ... (items in order), "chain" (sides of 2 + 3 = 5), "region" (its end points as items; value: a
-    sympy set). name: x, of x = 5 and x > 5. equation: all of its text."""
+    """kind: "leaf", "set" (items in any order), "()" "[)" "matrix" "row" "ratio" ... (in order),
+    "chain" (sides of 2 + 3 = 5), "region" (end points as items; value: a sympy set). name: x, of
+    x = 5 and x > 5. equation: all of its text."""
 
     kind: str
     text: str = ""
@@ -365,10 +343,28 @@ _OR = frozenset({"or", r"\lor"})
 _LIST = frozenset({",", ";", "and"}) | _OR
 _EQUALS = frozenset({"=", r"\in", r"\approx"})
 _VARIABLE = re.compile(r"[A-Za-z](?:_\{\w+\})?|\\(?!pi|infty)[a-z]+|f\(x\)")
+_TIME = re.compile(r"\d\d?(?::[0-5]\d)+")
 _ALL_REALS = re.compile(
     r"(?:all|any|every)(?: the)? reals?(?: numbers?| values?)?(?: of)?(?: [a-z])?"
     r"(?:,? (?:except|other than|but not|excluding|without)(?: for)? (?:[a-z]=)?(.*))?"
 )
+
+
+def _split(text: str, marks: frozenset) -> tuple[list[str], list[str]]:
+    """Return the parts between the marks that are outside all brackets, and these marks."""
+    parts, found, depth = [""], [], 0
+    for token in _PIECE.findall(text):
+        depth += (token in _PARTNERS) - (token in _CLOSING)
+        if not 0 <= depth <= MAX_DEPTH:
+            break
+        if depth == 0 and token in marks:
+            found.append(token)
+            parts.append("")
+        else:
+            parts[-1] += token
+    if depth:
+        raise ValueError("unbalanced, or nested too deeply")
+    return [part.strip() for part in parts], found
 
 
 @lru_cache(4096)
@@ -378,10 +374,10 @@ def parse(text: str) -> Node:
         raise ValueError("an empty part")
     if number(quantity(text, frozenset())[0]) is not None:
         return Node("leaf", text)
-    pieces = _PIECE.findall(text)
-    first, last = pieces[0], pieces[-1].strip() or pieces[-2]
-    if (first in _PARTNERS and last in _CLOSING) or {first, last} <= {"[", "]"}:
-        with suppress(ValueError):  # the brackets are no partners
+    pieces = _PIECE.findall(text.strip())
+    first, last = pieces[0], pieces[-1]
+    if (first in _PARTNERS and last in _CLOSING) or {first, last} <= {"[", "]"}:  # also ]0, 1[
+        with suppress(ValueError):  # they are no partners
             return _bracketed(first, text[len(first) : text.rindex(last)].strip(), last)
     if reals := _ALL_REALS.fullmatch(text):
         return parse(r"\R\setminus" + reals[1] if reals[1] else r"\R")
@@ -391,50 +387,41 @@ def parse(text: str) -> Node:
             return node
     if text.count(r"\pm") == 1:
         both = [text.replace(r"\pm", x).replace(r"\mp", y) for x, y in ("+-", "-+")]
-        return Node("set", "", _parse_all([x.removeprefix("+").strip() for x in both]))
+        return Node("set", "", [parse(x.removeprefix("+").strip()) for x in both])
     return parse(r"(-\infty,\infty)") if text == r"\R" else Node("leaf", text)
-
-
-def _parse_all(parts: list[str]) -> list[Node]:
-    return [parse(part) for part in parts]
 
 
 def _bracketed(opening: str, inner: str, closing: str) -> Node:
     """Return the tree of a group, set, tuple, interval or matrix."""
-    _split(inner, frozenset())  # raises ValueError
+    parts, marks = _split(inner, _LIST)
     if opening == r"\begin":
         kind, _, rows = inner[1:].partition("}")
         rows = [row for row in _split(rows, frozenset({r"\\"}))[0] if row]
         if kind == "list":
             return _listed(rows, ["and"], inner)
         cells = [_split(row, frozenset("&"))[0] for row in rows]
-        return Node(kind, "", [Node("row", "", _parse_all(row)) for row in cells])
-    if opening == "{" or (opening == r"\{" and inner.startswith(r"\begin")):
+        return Node(kind, "", [Node("row", "", [*map(parse, row)]) for row in cells])
+    if opening == "{" or inner.startswith(r"\begin") or (opening + closing == "()" and not marks):
         return parse(inner)
-    if opening == r"\{":
-        parts, _ = _split(inner, frozenset({":", "|"}))
-        if len(parts) == 2:  # {x | x > 5}
-            condition = parse(parts[1])
-            if condition.name != re.sub(r"\\in ?\\R", "", parts[0]).strip() or not condition.name:
-                return Node("leaf", inner)
-            return condition._replace(name="")
-        parts, marks = _split(inner, _LIST)
-        if not inner:
-            return Node("leaf", r"\emptyset")
-        if inner == r"\emptyset" or any(part.startswith(r"\{") for part in parts):
-            return Node("{}", "", _parse_all(parts))  # a set of sets
-        return _listed(parts, marks, inner)
-    parts, _ = _split(inner, frozenset({",", ";"}))
-    if len(parts) == 1 and (opening + closing == "()" or inner.startswith(r"\begin")):
-        return parse(inner)
-    return Node(opening.replace("]", "(") + closing.replace("[", ")"), "", _parse_all(parts))
+    if opening != r"\{":
+        brackets = opening.replace("]", "(") + closing.replace("[", ")")
+        return Node(brackets, "", [*map(parse, _split(inner, frozenset({",", ";"}))[0])])
+    variable, *condition = _split(inner, frozenset({":", "|"}))[0]
+    if condition:  # {x | x > 5}
+        node = parse(condition[0])
+        if not node.name or node.name != re.sub(r"\\in ?\\R", "", variable).strip():
+            raise ValueError("a set of what is not understood")
+        return node._replace(name="")
+    if inner == r"\emptyset" or any(part.startswith(r"\{") for part in parts):
+        return Node("{}", "", [*map(parse, parts)])  # a set of sets
+    return _listed(parts, marks, inner) if inner else Node("leaf", r"\emptyset")
 
 
 def _listed(parts: list[str], marks: list[str], _: str) -> Node:
-    r"""Flatten: 1 \pm 2 within a list is two of its items, a set of one is that one. Conditions on
-    one variable become one region; those that exclude each other, behind a comma, are joined."""
+    r"""Return the tree of a list: 1 \pm 2 within it is two of its items, a set of one is that one,
+    conditions on one variable are a region (joined, if they exclude each other behind a comma)."""
     spare = {i for i, mark in enumerate(marks) if i and not parts[i] and mark in ("and", "or")}
-    items = _parse_all([part for i, part in enumerate(parts) if i not in spare])  # 1, 2, and 3
+    items = [parse(part) for i, part in enumerate(parts) if i not in spare]  # 1, 2, and 3
     names, any_of = {item.name for item in items}, bool(_OR & {*marks})
     if len(names) == 1 and "" not in names and any(x.kind == "region" for x in items):
         if "and" in marks and any_of:
@@ -460,16 +447,18 @@ def _region(operation: str, nodes: list[Node]) -> Node:
     for node in nodes:
         points = node.items or [node] * (node.kind == "leaf")
         ends += points
+        numbers = [_sympy(point.text) for point in points]
         if node.kind == "region":
             values.append(node.value)
-            continue
-        numbers = [_sympy(point.text) for point in points]
-        interval = node.kind in ("()", "[]", "(]", "[)") and len(points) == 2
-        if None in numbers or not (interval or node.kind in ("leaf", "set")):
+        elif None in numbers:
             raise ValueError("no set of numbers")
-        ends_open = [bracket in "()" for bracket in node.kind] if interval else []
-        make = sympy.Interval if interval else sympy.FiniteSet
-        values.append(make(*(x.doit() for x in numbers), *ends_open))
+        elif node.kind in ("()", "[]", "(]", "[)") and len(points) == 2:
+            ends_open = [bracket in "()" for bracket in node.kind]
+            values.append(sympy.Interval(*(x.doit() for x in numbers), *ends_open))
+        elif node.kind in ("leaf", "set"):
+            values.append(sympy.FiniteSet(*(x.doit() for x in numbers)))
+        else:
+            raise ValueError("no set of numbers")
     return Node("region", "", ends, value=getattr(sympy, operation)(*values))
 
 
@@ -498,22 +487,17 @@ def _is_name(text: str) -> bool:
     return bool(words) and not words & _NO_NAMES and not re.search(r"^-|\d|[\^!/]", text)
 
 
-_NO_NAMES = {*"any all pi infty pm mp neg lnot sqrt exp gcd lcm lim sum sin cos".split()} | (
-    _HEDGES - {"is"}
-)
+_NO_NAMES = _HEDGES - {"is"} | {*"any all pi infty pm mp neg sqrt exp gcd lcm lim sum lnot".split()}
 
 
 def _equation(parts: list[str], marks: list[str], text: str) -> Node:
-    """Return the value of x = 5 with its name, or the chain of sides; an exact side followed by
-    its rounding stands for both. The last side is a value, even if it is a letter."""
+    """Return the value of x = 5 with its name, or the chain of sides, without roundings of the
+    side before. The last side is a value, even if it is a letter."""
     first = next((i for i, x in enumerate(parts[:-1]) if not _is_name(x)), len(parts) - 1)
     kept = [parse(parts[first])]
-    for i in range(first + 1, len(parts)):
-        if _is_rounding(parts[i - 1], parts[i], marks[i - 1] == r"\approx"):
-            continue
-        if marks[i - 1] == r"\approx":
-            raise ValueError("a rounding of nothing exact")
-        kept.append(parse(parts[i]))
+    for exact, mark, side in zip(parts[first:], marks[first:], parts[first + 1 :], strict=False):
+        if not _is_rounding(exact, side, mark == r"\approx"):
+            kept.append(parse(side if mark != r"\approx" else ""))  # a rounding of nothing exact
     name = re.sub(r"[\s{}]", "", parts[0]) if first else ""
     value, names = kept[0] if len(kept) == 1 else Node("chain", "", kept), name[1:-1].split(",")
     if name[:1] == "(" and value.kind == "()" and len(names) == len(value.items):
@@ -532,100 +516,71 @@ def _is_rounding(exact: str, decimal: str, announced: bool) -> bool:
     return bool(gap <= half) and (announced or bool(gap > 0 and len(places[1]) >= 2))
 
 
-def _ratio(parts: list[str], _: list[str], text: str) -> Node | None:
-    """Return a ratio; None for a time."""
-    time = re.fullmatch(r"\d\d?(?::[0-5]\d)+", text)
-    return None if time else Node("ratio", "", _parse_all(parts))
-
-
 _STRUCTURES = (  # the first that is found outside all brackets
     (_LIST, _listed),
     (_EQUALS, _equation),
     (frozenset({r"\le", r"\ge", "<", ">", r"\ne"}), _inequality),
-    (frozenset({r"\cup"}), lambda parts, *_: _region("Union", _parse_all(parts))),
-    (frozenset({r"\setminus"}), lambda parts, *_: _region("Complement", _parse_all(parts))),
-    (frozenset({":", "to"}), _ratio),
-)
+    (frozenset({r"\cup"}), lambda parts, *_: _region("Union", [*map(parse, parts)])),
+    (frozenset({r"\setminus"}), lambda parts, *_: _region("Complement", [*map(parse, parts)])),
+    (frozenset({":", "to"}), lambda parts, _, text: None if _TIME.fullmatch(text)
+     else Node("ratio", "", [*map(parse, parts)])),
+)  # fmt: skip
 
 
-def match(gold: Node, answer: Node) -> bool:
+def match(gold: Node, answer: Node, computed: bool = False) -> bool:
     """Compare two trees; two names have to be equal, or y and f(x), or their equations are."""
-    names = {gold.name, answer.name} - {""}
+    names, chain = {gold.name, answer.name} - {""}, gold.kind == "chain"
     functions = "y" in names and all(re.fullmatch(r"y|[a-zA-Z]\([a-z]\)", x) for x in names)
-    chain = gold.kind == "chain"
-    if (len(names) < 2 or functions) and not chain and _match_value(gold, answer):
+    if (len(names) < 2 or functions) and not chain and _same_value(gold, answer, computed):
         return True
-    if "=" not in gold.equation or "=" not in answer.equation or not (gold.name or chain):
-        return False
     written = not chain and (gold.kind != "leaf" or _is_literal(gold.text))
-    return not written and _same_equation(gold.equation, answer.equation)
+    if written or "=" not in gold.equation or "=" not in answer.equation or not (names or chain):
+        return False
+    sides = [[*map(_sympy, _split(x.equation, _EQUALS)[0])] for x in (gold, answer)]
+    if None in sides[0] + sides[1] or not len(sides[0]) == len(sides[1]) == 2:
+        return False
+    a, b = (left - right for left, right in sides)
+    same_marks = _MARKS.findall(gold.equation) == _MARKS.findall(answer.equation)
+    return same_marks and a.free_symbols == b.free_symbols and _equal(a, b, factor=True)
 
 
-def _match_value(gold: Node, answer: Node) -> bool:
-    """Compare two trees, whatever their names."""
+def _same_value(gold: Node, answer: Node, computed: bool) -> bool:
+    """Compare two trees, whatever their names. computed: a number may be computed."""
+    kinds, texts = {gold.kind, answer.kind}, [[x.text for x in y.items] for y in (gold, answer)]
     if answer.kind == "chain":
         *sides, last = answer.items
-        return match(gold, last) and all(_same_side(last, side) for side in sides)
-    kinds = {gold.kind, answer.kind}
+        return match(gold, last) and all(match(last, side, True) for side in sides)
     if kinds == {"leaf"}:
-        return same_leaf(gold.text, answer.text)
+        return same_leaf(gold.text, answer.text, computed)
     if "region" in kinds and "leaf" not in kinds:
-        fine = _is_allowed(*([x.text for x in node.items] for node in (gold, answer)))
-        return fine and _region("Union", [gold]).value == _region("Union", [answer]).value
+        same = _region("Union", [gold]).value == _region("Union", [answer]).value
+        return same and _is_allowed(*texts)
     if len(gold.items) != len(answer.items) or gold.text != answer.text:
         return False
-    if kinds == {"ratio"}:
-        return _same_ratio(gold.items, answer.items)
+    if kinds == {"ratio"}:  # 3:9 = 1:3
+        g, a = ([*map(_sympy, side)] for side in texts)
+        fine = None not in g + a and not any(x.is_zero for x in g + a) and _is_allowed(*texts)
+        return fine and all(_equal(x * a[0], y * g[0]) for x, y in zip(g, a, strict=True))
     names = [{x.name.partition("_")[0] for x in node.items} - {""} for node in (gold, answer)]
     by_name = bool(names[0]) != bool(names[1]) and max(map(len, names)) > 1  # p=4, q=9, and 4, 9
     if len(kinds) > 1 and not (kinds == {"()", "set"} and (by_name or all(names))):
         return False
+    sides = [gold.items, answer.items]
     if by_name:
-        sides = [sorted(x.items, key=lambda item: item.name.strip("\\")) for x in (gold, answer)]
-        return all(map(match, *sides))
-    if not kinds <= {"set", "{}", "()"} or (kinds == {"()"} and not all(names)):
-        return all(map(match, gold.items, answer.items))
+        sides = [sorted(side, key=lambda item: item.name.strip("\\")) for side in sides]
+    if by_name or not kinds <= {"set", "{}", "()"} or (kinds == {"()"} and not all(names)):
+        return all(match(x, y, computed) for x, y in zip(*sides, strict=True))
     unmatched = list(answer.items)  # any order, each item used once
     for item in gold.items:
-        found = next((i for i, x in enumerate(unmatched) if match(item, x)), None)
+        found = next((i for i, x in enumerate(unmatched) if match(item, x, computed)), None)
         if found is None:
             return False
         del unmatched[found]
     return True
 
 
-def _same_side(last: Node, side: Node) -> bool:
-    """Tell whether two sides of a chain are equal, computed or not."""
-    if last.kind == "leaf" == side.kind:
-        return same_leaf(last.text, side.text, computed=True)
-    alike = last.kind == side.kind and len(last.items) == len(side.items)
-    return alike and all(map(_same_side, last.items, side.items))
-
-
-def _same_ratio(gold: list[Node], answer: list[Node]) -> bool:
-    """Compare ratios, which are ordered: 3:9 = 1:3."""
-    texts = [[x.text for x in side] for side in (gold, answer)]
-    g, a = (list(map(_sympy, side)) for side in texts)
-    if None in g + a or not _is_allowed(*texts):
-        return False
-    nonzero = [[not x.is_zero for x in side] for side in (g, a)]
-    first = nonzero[0].index(True) if nonzero[0] == nonzero[1] and any(nonzero[0]) else None
-    scaled = zip(g, a, strict=True)
-    return first is not None and all(_equal(x * a[first], y * g[first]) for x, y in scaled)
-
-
-def _same_equation(gold: str, answer: str) -> bool:
-    """Tell whether one equation of two sides is a multiple of the other."""
-    sides = [list(map(_sympy, _split(text, _EQUALS)[0])) for text in (gold, answer)]
-    if None in sides[0] + sides[1] or not len(sides[0]) == len(sides[1]) == 2:
-        return False
-    a, b = (left - right for left, right in sides)
-    same_marks = _MARKS.findall(gold) == _MARKS.findall(answer)
-    return same_marks and a.free_symbols == b.free_symbols and _equal(a, b, factor=True)
-
-
 # ---- leaves -------------------------------------------------------------------------------------
-# Words, units, bases and numbers are compared here, exactly; other expressions by their values.
+# Words, units, bases and numbers are compared exactly, other expressions by their values.
 
 _OPERATORS = re.compile(  # what asks to be evaluated
     r"\\(?:sum|prod|i*int|oint|lim|max|min|gcd|lcm|lfloor|lceil|binom|det|sup|partial|mod|[lc]?dots|"
@@ -639,8 +594,8 @@ _MARKS = re.compile(  # what sympy would lose
     r"\w?'+|\w?\^\{[T*]\}|\\(?:overline|bar|hat|tilde|d?dot|vec|overrightarrow|(?:tri)?angle)"
     r"(?![A-Za-z])[^\\+=-]*|(?<![A-Za-z\\])\w\^\{-1\}\("
 )
-_IN_BASE = re.compile(
-    r"[({]*(\d[\dA-Fa-f]*|[A-F]\d*(?=_\{1\d))[)}]*(?:_\{(?:base ?)?| ?\(?(?:in )?base[ -]*)(\w+)\}?\)?"
+_IN_BASE = re.compile(  # 52_{8}, (52)_{8}, 52 base 8, 52 (base eight)
+    r"[({]*(\d[\dA-Fa-f]*|[A-F]\d*(?=_\{1\d))[)}]*(?:_\{(?:base)?| ?\(?(?:in )?base)[ -]*(\w+)[})]*"
 )
 _BASES = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
@@ -653,52 +608,50 @@ def _is_literal(text: str) -> bool:
     return text.lstrip("+-") == r"\infty" or (value is not None and not whole_fraction)
 
 
-def _operators(text: str, constant: bool) -> set[str]:
-    """Return what in an expression asks to be evaluated; constant: the gold has no variable."""
-    arguments = (re.sub(r"\\(?:pi|frac|sqrt|cdot)", "", x) for x in _TRIG.findall(text))
+def _operators(texts: list[str], constant: bool) -> set[str]:
+    """Return what in expressions asks to be evaluated; constant: the gold has no variable."""
+    found = set(_OPERATORS.findall(" ; ".join(texts)))
+    arguments = [re.sub(r"\\(?:pi|frac|sqrt|cdot)", "", y) for x in texts for y in _TRIG.findall(x)]
     numeric = any(constant or not re.search(r"[a-df-hj-zA-Z]", x) for x in arguments)
-    return {*_OPERATORS.findall(text)} | ({"of a number"} if numeric else set())
+    return found | ({"of a number"} if numeric else set())
 
 
 def _is_allowed(gold: list[str], answer: list[str]) -> bool:
-    """Tell whether the answer's leaves compute nothing that the gold's do not; e^{i...} may be
-    written with sines and cosines."""
+    """Tell whether the answer computes nothing that the gold does not; e^{i...} has cosines."""
     constant = not re.search(r"(?<![\\A-Za-z])[a-df-hj-zA-Z]", " ".join(gold))
     polar = {"of a number"} if re.search(r"e\^\{.*i", " ".join(gold)) else set()
-    allowed, found = (set().union(*(_operators(x, constant) for x in y)) for y in (gold, answer))
+    allowed, found = _operators(gold, constant) | polar, _operators(answer, constant)
     computed = [sum(not _is_literal(text) for text in texts) for texts in (gold, answer)]
-    return found <= allowed | polar and computed[1] <= computed[0]
+    return found <= allowed and computed[1] <= computed[0]
 
 
 def same_leaf(gold: str, answer: str, computed: bool = False) -> bool:
-    """Settle text, bases and numbers here, exactly; a number is met by a number only, unless it
-    may be computed."""
+    """Compare words, bases and numbers, or expressions; a number is met by a number only, unless
+    it may be computed."""
     words, bases = (_word(gold), _word(answer)), (_in_base(gold), _in_base(answer))
     if _key(gold) == _key(answer) or all(words) or any(bases):
         return _key(gold) == _key(answer) or (words[0] == words[1] and bases[0] == bases[1])
     gold, unit = quantity(gold)
     answer, other = quantity(answer, unit if isinstance(unit, frozenset) else frozenset())
     scale = _scale(unit, other, (gold, answer))
-    units = unit is not None, other is not None
-    if scale is None or (units[0] and answer[-1] == "%") or (units[1] and gold[-1] == "%"):
-        return False
+    percent = (unit is not None and answer[-1] == "%") or (other is not None and gold[-1] == "%")
     g, a = number(gold.removesuffix("%")), number(answer.removesuffix("%"))
+    if scale is None or percent:
+        return False
     if g is not None and a is not None:
         return _same_number(gold, answer, g, a * Fraction(str(scale)))
-    allowed = computed or _is_allowed([gold], [answer])
-    if not allowed or _MARKS.findall(gold) != _MARKS.findall(answer):
+    if not (computed or _is_allowed([gold], [answer])):
         return False
     wanted, target = _sympy(gold), _sympy(answer)
-    if wanted is None or target is None:
+    if wanted is None or target is None or _MARKS.findall(gold) != _MARKS.findall(answer):
         return False
-    target *= scale
     if a is not None and "." in answer and wanted.is_number and not wanted.doit().is_rational:
-        return bool(abs((wanted - target).evalf(20)) <= abs(target) / 10**6)  # to six figures
-    return wanted == target or _equal(wanted, target)
+        return bool(abs((wanted - target * scale).evalf(20)) <= abs(target) / 10**6)  # six figures
+    return wanted == target * scale or _equal(wanted, target * scale)
 
 
 def _in_base(text: str) -> tuple[str, str] | None:
-    """Return digits and base of 52_{8}, (52)_{8}, 52 base 8 or 52 (base eight)."""
+    """Return the digits and the base of a number that has one."""
     found = _IN_BASE.fullmatch(text)
     base = found and (str(_BASES.index(found[2])) if found[2] in _BASES else found[2])
     return (found[1].lstrip("0").upper(), base) if found and base.isdecimal() else None
@@ -708,15 +661,16 @@ def _same_number(gold: str, answer: str, g: Fraction, a: Fraction) -> bool:
     """Compare two written numbers: a whole one is not met by a fraction, x% is x/100, and x where
     x is 1 or more; 1/3 is met by its rounding to six figures or more."""
     fractions = ["\\frac" in x or "/" in x for x in (gold, answer)]
-    if fractions == [False, True] and number(answer.removesuffix("%")).denominator == 1:
-        return False
     if gold.endswith("%") != answer.endswith("%"):
         percent, plain = (g, a) if gold.endswith("%") else (a, g)
         return percent / 100 == plain or (percent == plain and abs(plain) >= 1)
+    if g == a or fractions[0] == fractions[1]:
+        whole = number(answer.removesuffix("%")).denominator == 1
+        return g == a and not (whole and fractions == [False, True])
     decimal, exact = (answer, g) if fractions[0] else (gold, a)
-    places = re.fullmatch(r"[+-]?\d*\.(\d{6,})", decimal) if fractions[0] != fractions[1] else None
+    places = re.fullmatch(r"[+-]?\d*\.(\d{6,})", decimal)
     rounded = places and round(exact, len(places[1])) == number(decimal)
-    return g == a or bool(rounded and abs(g - a) * 10**5 < abs(a))
+    return bool(rounded and abs(g - a) * 10**5 < abs(a))
 
 
 # ---- expressions --------------------------------------------------------------------------------
@@ -735,7 +689,7 @@ _FOR_THE_LIBRARY = (
     (r"\^\{(\d)\}(?!\d)", r"^\1"),  # braces take it twice as long
 )
 # Below 1, above, both signs, large: where the first letter's value starts, and the next ones' step.
-_POINTS = ((7309, 613), (3571, 401), (23171, 9341), (-17393, 7411), (1234577, 83311), (-2345681, -9133))
+_POINTS = ((7309, 613), (3571, 401), (23171, 9341), (-17393, 7411), (123457, 8331), (-234569, -913))
 
 
 @lru_cache(4096)
@@ -761,8 +715,7 @@ def _sympy(text: str) -> Any:
 
 
 def _says_nothing(tree: Any, point: dict) -> bool:
-    """Tell whether an even root, a fractional or symbolic power or a logarithm of a negative number
-    stands at this point."""
+    """Tell whether a root, fractional or symbolic power or logarithm of a negative occurs."""
     from sympy import Pow, log
 
     risky = [x.args[0] for x in tree.atoms(Pow, log) if x.func is log or not x.exp.is_integer]
@@ -784,17 +737,16 @@ def _equal(a: Any, b: Any, factor: bool = False) -> bool:
         if factor or difference.is_Rational or not size.is_finite:
             return not factor and difference == 0
         return bool(abs(difference.evalf(15, maxn=400)) <= size * 1e-200)
-    pairs = []
+    values = []
     for start, step in _POINTS:
         point = {x: Float(start + i * step, 100) / 10007 for i, x in enumerate(symbols)}
         if not _says_nothing(a, point) and not _says_nothing(b, point):
             x, y = (tree.xreplace(point).doit().evalf(100) for tree in (a, b))
             if x.is_number and y.is_number and abs(x).is_finite and abs(y).is_finite:
-                pairs.append((x, y))
-    if factor:
-        x, y = pairs.pop() if len(pairs) > 2 else (0, 0)
-        pairs = [(p * y, q * x) for p, q in pairs if x != 0 != y]
-    return len(pairs) > 1 and all(abs(x - y) <= abs(y) * 1e-70 for x, y in pairs)
+                values.append((x, y))
+    p, q = values.pop() if factor and values else (1, 1)
+    fine = len(values) > 1 and p != 0 != q
+    return fine and all(abs(x * q - y * p) <= abs(y * p) * 1e-70 for x, y in values)
 
 
 # ---- verdicts -----------------------------------------------------------------------------------
