@@ -113,7 +113,7 @@ def spell(text: str) -> str:
     except (ValueError, IndexError):
         return text
     plain = re.sub(r"\s+", lambda m: _WIDE if _WIDE in m[0] or "\n" in m[0] else " ", plain)
-    plain = re.sub(r"(?<![\w)\]}%!°'])\s|\s(?!\w)", "", plain)
+    plain = re.sub(r"(?<![\w)\]}%!°'])(?<!\d,)\s|\s(?!\w)", "", plain)  # 1, 234 is a list
     return plain.rstrip(".,;:").removesuffix(" only").rstrip(",")
 
 
@@ -219,33 +219,37 @@ kilogram = k; mg milligram = k/1000000; lb pound = 0.45359237k; oz ounce = 0.028
 second = s; ms millisecond = s/1000; min minute = 60s; h hr hour = 3600s; day = 86400s; week =
 604800s; gallon = 0.003785411784m^3; month = n; yr year = 12n; mph = 0.44704m/s; kph = 5m/(18s); Hz
 hertz = 1/s; N newton = km/s^2; J joule = km^2/s^2; kJ = 1000km^2/s^2; W watt = km^2/s^3; kW
-kilowatt = 1000km^2/s^3; kWh = 3600000km^2/s^2; V volt = v; A amp = a; mol mole = p; C celsius = c; F
-fahrenheit = f; ° = \theta; rad radian = \rho; grad gradian = \sigma; arcminute = \tau; unit = u; dollar USD = D;
+kilowatt = 1000km^2/s^3; kWh = 3600000km^2/s^2; V volt = v; A amp = a; mol mole = p; C celsius = c;
+F fahrenheit = f; ° = \theta; rad radian = \rho; grad gradian = \sigma; unit = u; dollar USD = D;
 cent = D/100; euro = U; gbp = L""".split(";"):
     _names, _size = _part.split("=")
     _UNITS |= dict.fromkeys(_names.split(), _size.strip())
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
-_NUMERALS = frozenset(  # words that make another number of the one before
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety "
-    "hundred thousand million billion trillion milliard milliarden millone mille lakh crore wan "
-    "gross dozen score couple pair half halve third quarter fourth fifth sixth seventh eighth "
-    "ninth tenth eleventh twelfth twentieth hundredth thousandth millionth percent permille factorial "
-    "squared cubed root power exponent log reciprocal inverse prime plus minus times "
-    "time over divided multiplied added less more fewer greater smaller double doubled triple "
-    "tripled quadruple quadrupled twice thrice halved point base mod modulo negative below above "
-    "each every per choose minimum maximum max min up down off oh".split()
+_NUMERAL = re.compile(
+    r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty|.*(?:teen|[dfhnrx]th|ieth|illi(?:on|ard))"
+)
+_NUMERALS = frozenset(  # more words that make another number of the one before
+    "zero nil one two three four five six seven eight nine ten eleven twelve hundred thousand "
+    "gross milliarden millone mille mil lakh crore wan kilo mega giga googol dozen score couple "
+    "pair half halve third quarter percent ppm permille factorial squared cubed root power "
+    "exponent log sin reciprocal inverse prime plus minus times time over divided multiplied "
+    "added less more fewer greater smaller double doubled triple tripled quadruple quadrupled "
+    "twice thrice halved point base mod modulo negative below above each every per choose minimum "
+    "maximum max min up down off oh ish".split()
 )
 _HEDGES = frozenset(  # words that deny it, or leave it open
-    "and or not no nor never none neither either but except without if unless under when where "
-    "else otherwise instead than then with since because so alternatively maybe perhaps possibly "
-    "may probably likely unlikely approx approximately approximate about around roughly nearly almost "
-    "least most between is isn are was were be wrong incorrect false invalid true correct guess "
-    "think hmm wait might could should would equal unsure".split()
+    "and or not no nor never none nope neither either but except without if unless under when "
+    "where else otherwise instead than then with since because so alternatively maybe perhaps "
+    "possibly may probably likely unlikely approx approximately approximate about around roughly "
+    "nearly almost least most between is isn are was were be wrong incorrect false invalid error "
+    "true correct hmm guess think wait might could should would equal unsure something versus etc".split()
 )
-_CHANGES = _NUMERALS | _HEDGES
 _NAME = re.compile(r"(?<!\\)\b[A-Za-z]+|°")
 _CUT = re.compile(r"\s(?=[A-Za-z°])|(?<=\d)(?=[A-Za-z]{2})|(?=°|\\frac\{[A-Za-z])")
+
+
+def _changes(word: str) -> bool:
+    return word in _NUMERALS or word in _HEDGES or bool(_NUMERAL.fullmatch(word))
 
 
 def _stem(word: str) -> str:
@@ -254,7 +258,7 @@ def _stem(word: str) -> str:
         return word
     word = word.lower()
     forms = (word, word[:-1], word[:-2]) if word.endswith("s") else (word,)
-    return next((x for x in forms if x in _UNITS or x in _CHANGES), word.removesuffix("s"))
+    return next((x for x in forms if x in _UNITS or _changes(x)), word.removesuffix("s"))
 
 
 def _unit(text: str) -> Any:
@@ -277,7 +281,7 @@ def _words(text: str, known: frozenset | None) -> frozenset | None:
         return None
     stems = frozenset(map(_stem, re.findall(r"[^\W\d_]+", text))) - {"of", "the", "total"}
     new = frozenset() if known is None else stems - known
-    plain = all(len(x) > 2 and x.isascii() and x not in _CHANGES for x in new)
+    plain = all(len(x) > 2 and x.isascii() and not _changes(x) for x in new)
     return stems if plain and len(new) <= 2 else None
 
 
@@ -306,7 +310,7 @@ def _scale(gold: Any, answer: Any, texts: tuple[str, str]) -> Any:
     if isinstance(gold, frozenset) or isinstance(answer, frozenset):
         g, a = gold or frozenset(), answer or frozenset()
         alike = isinstance(g, frozenset) and isinstance(a, frozenset) and (g <= a or a <= g)
-        return 1 if alike and not (g ^ a) & _CHANGES else None
+        return 1 if alike and not any(map(_changes, g ^ a)) else None
     if gold is not None and answer is not None:
         return answer / gold if (answer / gold).is_Rational else None
     unit, bare = (gold, texts[1]) if answer is None else (answer, texts[0])
@@ -540,8 +544,9 @@ def match(gold: Node, answer: Node, computed: bool = False) -> bool:
     if None in sides[0] + sides[1] or not len(sides[0]) == len(sides[1]) == 2:
         return False
     a, b = (left - right for left, right in sides)
-    same_marks = _MARKS.findall(gold.equation) == _MARKS.findall(answer.equation)
-    return same_marks and a.free_symbols == b.free_symbols and _equal(a, b, factor=True)
+    texts = gold.equation, answer.equation
+    fine = _MARKS.findall(texts[0]) == _MARKS.findall(texts[1]) and _is_allowed(*zip(texts))
+    return fine and a.free_symbols == b.free_symbols and _equal(a, b, factor=True)
 
 
 def _same_value(gold: Node, answer: Node, computed: bool) -> bool:
@@ -685,7 +690,8 @@ _FOR_THE_LIBRARY = (
     (r"(\d+) ?(\\frac\{\d+\}\{\d+\})", r"(\1+\2)"),  # a mixed number, not a product
     (r"(?<=[\d)])\s*(?=\()", r"\\cdot "),  # it takes 3(5) for a mixed number
     (r"(\d+)/(\d+)(?=\s*[\\a-z(])", r"\\frac{\1}{\2} "),  # 1/2x for 1/(2x)
-    (r"(?<![\\A-Za-z])[eE]_", r"\\varpi_"),  # E_0 is not Euler's number
+    (r"(?<![\\A-Za-z])e_", r"\\varpi_"),  # e_0 and E_0 are not Euler's number
+    (r"(?<![\\A-Za-z])E_", r"\\vartheta_"),
     (r"\^\{(\d)\}(?!\d)", r"^\1"),  # braces take it twice as long
 )
 # Below 1, above, both signs, large: where the first letter's value starts, and the next ones' step.
@@ -759,8 +765,8 @@ _CHOICE = re.compile(  # (B) 12, but neither (B)+1 nor (B) or (C)
 
 def settle(extracted: str, reference: str) -> bool | None:
     """Compare texts, and integers, in linear time; None where it takes more."""
-    gold, answer = _key(spell(reference)), _key(spell(extracted))
-    if gold and gold == answer:
+    gold, answer = spell(reference), spell(extracted)
+    if gold and _key(gold) == _key(answer):
         return True
     if len(gold + answer) < 2000 and _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(answer):
         return int(gold.replace(",", "")) == int(answer.replace(",", ""))
