@@ -242,7 +242,7 @@ _HEDGES = frozenset(  # words that deny it, or leave it open
     "where else otherwise instead than then with since because so alternatively maybe perhaps "
     "possibly may probably likely unlikely approx approximately approximate about around roughly "
     "nearly almost least most between is isn are was were be wrong incorrect false invalid error "
-    "true correct hmm guess think wait might could should would equal unsure something versus etc".split()
+    "true correct hmm guess think wait might could should would equal unsure something etc".split()
 )
 _NAME = re.compile(r"(?<!\\)\b[A-Za-z]+|°")
 _CUT = re.compile(r"\s(?=[A-Za-z°])|(?<=\d)(?=[A-Za-z]{2})|(?=°|\\frac\{[A-Za-z])")
@@ -781,6 +781,8 @@ def equal(extracted: str, reference: str) -> bool:
         raise BadReference("empty")
     if _key(gold) == _key(answer):
         return True
+    if max(len(gold), len(answer)) > MAX_LENGTH:
+        raise ValueError(f"longer than {MAX_LENGTH:,} characters")
     if choice := _CHOICE.fullmatch(answer):
         letter, answer = gold.strip("()."), choice[2]
         if re.fullmatch("[A-Z]", letter):  # B, and (B) 12

@@ -187,9 +187,10 @@ def test_an_empty_reference_is_never_a_reward(graders, gold):
 
 @pytest.mark.parametrize(
     "gold",
-    ["((((", "???", "5 +", "= 5", "1,,2", "+", "x = ", "[1,2", "2^{2^n}", "E_0", "9^{9^{9^9}}", "\\frac{1}",
-     "\\text{the graph of } f \\text{ touches the axis}", "f^{\\prime \\prime}", "\\begin{pmatrix} 1",
-     "\\left\\{\\begin{array}{l} x=1 \\\\ y=2 \\end{array}\\right.", "\\frac{1}{0}", "x" * 3000],
+    ["((((", "???", "5 +", "= 5", "1,,2", "+", "x = ", "[1,2", "2^{2^n}", "E_0", "9^{9^{9^9}}",
+     "\\frac{1}", "\\text{the graph of } f \\text{ touches the axis}", "f^{\\prime \\prime}",
+     "\\begin{pmatrix} 1", "\\left\\{\\begin{array}{l} x=1 \\\\ y=2 \\end{array}\\right.",
+     "\\frac{1}{0}", "x" * 3000],
 )
 def test_a_gold_that_means_little_is_met_by_its_own_text(graders, gold):
     for answer in (gold, f" {gold}\n"):
@@ -249,6 +250,50 @@ def test_late_worker_is_killed_and_replaced():
         assert not Path(f"/proc/{pid}").exists()
         assert grade(graders, "y+x", "x+y").correct
         assert graders.counts == {"ok": 2, "timeout": 1}
+
+
+# Pieces of texts that are hostile to a rule when they are repeated.
+PIECES = r"""
+\quad \, \! \: \\ \\[4pt] { } {} ( ) () [ ] \{ \} \left( \right) \left. \frac \frac1 \frac{1}
+\frac{1}{ \dfrac12 \sqrt \sqrt[ \sqrt[3]{ \sqrt2 ^ ^2 ^{ ^{2} _ _1 _{ x_{ x^ x^2 2^{ x^{x} ' x' !
+x! , 1, x, 1,2, {,} 1{,} 1{,}234 1,234 1~234 123~ . 1. .1 1.1 0.\overline{ \overline{1} + 1+ x+
+x+y+ - -- x- * ** 2* \cdot 2\cdot x\cdot / 1/ x/ = x= x=1= x=1, < x< 1<x< \le \in \approx 1\approx
+\ne x\ne1, \cup (1,2)\cup \setminus \R \mathbb{R} \pm 1\pm : 1: ~to~ 1~to~ ~or~ 1~or~ x=1~or~ ~and~
+only~ not~ \text{ \text{a} \text{or} \text{~cm} cm~ 1~cm~ 1~hour~ 5~apples~ m/s~ per~ square~
+squared~ a ab x x~ xy \pi \pi~ e^ i sin~ \sin \sin~x \sin( sin( \ln \log_ \log_2 \max( \gcd(1,
+\lfloor \binom \binom{1}{ \choose 1\choose \over 1\over {1\over \begin{ \begin{array}{c}
+\begin{pmatrix} \end{ 1& & 1\\ % 1% $ 1$ \$ \$1 € ° ^\circ 1^\circ~ ½ ² ₂ √ √2 ∞ − × （ ， \color{
+\color{red} \textcolor{red}{ \boxed{ \mathbf{ \displaystyle \phantom{ \hspace{1cm} f( f(x) f(x x( |
+1| |x| \int \sum_{ \lim_{x \vec{ \hat \angle A_{1} 10_{2} base~ 1~base~2~ (B)~ A. all~real~
+all~real~numbers~except~ except~ (x,y)= (1,2), \{1\} \{x: \{x| ] ]1, 7^{9 9^9 9! 9!! 1e9 1e 99999~
+é 字 \{1, \emptyset \infty, (-\infty, [[ ((x)) ^{x} {x}{ {{x \text{x}~ \frac{x}{x} \sqrt{x} x^{-1}
+\theta
+""".split()
+PIECES = [x.replace("~", " ") for x in PIECES] + ["\n", "\t", " ", "\u2003", "\x00", "\u200b"]
+
+
+def hostile(length):
+    """A text of about this length for each piece."""
+    return [piece * (length // len(piece)) for piece in PIECES]
+
+
+def test_the_caller_is_linear(graders):
+    texts = hostile(1980)
+    assert len(texts) > 200
+    for text in [*texts, *(f"({text})" for text in texts), "x" + "\n" * 1900 + "x"]:
+        answers.spell.cache_clear()
+        started = time.process_time()  # of this process alone
+        assert not answers.settle(text, "7")
+        assert time.process_time() - started < 0.05, text[:20]
+
+
+@pytest.mark.parametrize("length", [1980, 600, 150])
+def test_a_hostile_answer_is_not_late(graders, length):
+    """Far below the limit of 20 seconds that this pool has, also for a gold that asks for sympy."""
+    results = graders.grade([("math", f"Answer: {x}", "x+1") for x in hostile(length)])
+    late = [(x[:20], got) for x, got in zip(hostile(length), results, strict=True)
+            if got.correct or got.status not in ("ok", "no_answer")]
+    assert late == []
 
 
 # ---- the rules: a reward that cannot be gamed ---------------------------------------------------
