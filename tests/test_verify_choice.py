@@ -66,10 +66,14 @@ def test_no_credit(response):
     "response",
     [
         "Answer: not A", "Answer: anything but B", r"\boxed{\neg B}", r"\boxed{\lnot B}",
-        "Answer: all except B", "Answer: C or not", "Answer: A is wrong", "Answer: (A) is not right",
-        "Answer: never A", "Answer: neither A", r"\boxed{\text{not } B}", "Answer: ~A", "Answer: ¬A",
-        "Answer: everything other than D", "Answer: it isn't A", "Answer: A cannot be", "Answer: -A",
-        "Answer: B?", "Answer: rule out B", "Answer: A excluded", r"\boxed{\overline{A}}", "Answer: !B",
+        "Answer: all except B", "Answer: C or not", "Answer: A is wrong",
+        "Answer: (A) is not right",
+        "Answer: never A", "Answer: neither A", r"\boxed{\text{not } B}", "Answer: ~A",
+        "Answer: ¬A",
+        "Answer: everything other than D", "Answer: it isn't A", "Answer: A cannot be",
+        "Answer: -A",
+        "Answer: B?", "Answer: rule out B", "Answer: A excluded", r"\boxed{\overline{A}}",
+        "Answer: !B",
         r"\boxed{\cancel{A}}", "Answer: Not (A)", "Answer: A doesn't hold", "Answer: A was false",
     ],
 )
@@ -80,7 +84,7 @@ def test_a_negation_names_no_letter(response):
 @pytest.mark.parametrize(
     "response",
     ["Answer: B) Not enough is known", "Answer: B: it does not react", "Answer: B (no reaction)",
-     "Answer: B, since nothing else fits", "Answer: B. Nothing but water", "Answer: The option is B."],
+     "Answer: B, since nothing else fits", "Answer: B. Nothing but water", "Answer: It is B."],
 )  # fmt: skip
 def test_the_words_of_an_option_may_deny_something(response):
     assert grade(response, "B").correct
