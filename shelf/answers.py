@@ -75,6 +75,7 @@ _WRITTEN = {  # commands with arguments: how many, and what becomes of them
     r"\overline": (1, r"\overline{%s}"), r"\bar": (1, r"\bar{%s}"), r"\vec": (1, r"\vec{%s}"),
     r"\dot": (1, r"\dot{%s}"), r"\mod": (1, r"\mod{%s}"),
 }  # fmt: skip
+_OPEN_ARRAY = re.compile(r"\\\{ ?\\begin\{matrix\}((?:(?!\\end).)*\\end ?)(?! ?\\\})", re.S)
 _INFIX = re.compile(r"(.*?)\\(over|choose)(?![A-Za-z])(.*)", re.S)
 _PARTNERS = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", r"\begin": r"\end"}
 _CLOSING = frozenset(_PARTNERS.values())
@@ -114,6 +115,7 @@ def spell(text: str) -> str:
         return text
     plain = re.sub(r"\s+", lambda m: _WIDE if _WIDE in m[0] or "\n" in m[0] else " ", plain)
     plain = re.sub(r"(?<![\w)\]}%!°'])(?<!\d,)\s|\s(?!\w)", "", plain)  # 1, 234 is a list
+    plain = re.sub(_OPEN_ARRAY, r"\\begin{list}\1", plain)
     return plain.rstrip(".,;:").removesuffix(" only").rstrip(",")
 
 
@@ -242,7 +244,8 @@ _HEDGES = frozenset(  # words that deny it, or leave it open
     "where else otherwise instead than then with since because so alternatively maybe perhaps "
     "possibly may probably likely unlikely approx approximately approximate about around roughly "
     "nearly almost least most between is isn are was were be wrong incorrect false invalid error "
-    "true correct hmm guess think wait might could should would equal unsure something etc".split()
+    "true correct hmm guess think wait might could should would equal unsure something etc "
+    "versus".split()
 )
 _NAME = re.compile(r"(?<!\\)\b[A-Za-z]+|°")
 _CUT = re.compile(r"\s(?=[A-Za-z°])|(?<=\d)(?=[A-Za-z]{2})|(?=°|\\frac\{[A-Za-z])")
