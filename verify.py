@@ -183,11 +183,11 @@ def grade_choice(extracted: str, reference: Any, n_choices: int = 4) -> Grade:
 
 
 # ---- math ---------------------------------------------------------------------------------------
-# Numbers in the caller, all else in a worker, for sympy may never return (shelf/answers.py).
+# Texts and integers in the caller, all else in a worker, for sympy may never return.
 
 
 def grade_number(extracted: str, reference: str) -> Grade | None:
-    """Settle two equal numbers, or two different integers; None where it takes more."""
+    """Settle equal texts, and two integers, in linear time; None where it takes more."""
     verdict = answers.settle(extracted, reference)
     return None if verdict is None else Grade(verdict, extracted)
 
