@@ -697,8 +697,12 @@ _FOR_THE_LIBRARY = (
     (r"(?<![\\A-Za-z])E_", r"\\vartheta_"),
     (r"\^\{(\d)\}(?!\d)", r"^\1"),  # braces take it twice as long
 )
-# Below 1, above, both signs, large: where the first letter's value starts, and the next ones' step.
-_POINTS = ((7309, 613), (3571, 401), (23171, 9341), (-17393, 7411), (123457, 8331), (-234569, -913))
+# Where the first letter's value starts, and the step to the next one's: below 1 (twice), above, of
+# both signs, large, very large, negative; over 10007.
+_POINTS = (
+    (7309, 613), (3571, 401), (23171, 9341), (-17393, 7411), (1234577, 83311), (9876543, 71311),
+    (-2345681, -9133),
+)  # fmt: skip
 
 
 @lru_cache(4096)
@@ -753,9 +757,10 @@ def _equal(a: Any, b: Any, factor: bool = False) -> bool:
             x, y = (tree.xreplace(point).doit().evalf(100) for tree in (a, b))
             if x.is_number and y.is_number and abs(x).is_finite and abs(y).is_finite:
                 values.append((x, y))
-    p, q = values.pop() if factor and values else (1, 1)
-    fine = len(values) > 1 and p != 0 != q
-    return fine and all(abs(x * q - y * p) <= abs(y * p) * 1e-70 for x, y in values)
+                p, q = values[0] if factor else (1, 1)
+                if not (p != 0 != q and abs(x * q - y * p) <= abs(y * p) * 1e-70):
+                    return False
+    return len(values) > 1 + factor
 
 
 # ---- verdicts -----------------------------------------------------------------------------------
