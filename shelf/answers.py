@@ -240,7 +240,7 @@ _NUMERALS = frozenset(  # more words that make another number of the one before
     "maximum max min up down off oh ish".split()
 )
 _HEDGES = frozenset(  # words that deny it, or leave it open
-    "and or not no nor never none nope neither either but except without if unless under when "
+    "and or to not no nor never none nope neither either but except without if unless under when "
     "where else otherwise instead than then with since because so alternatively maybe perhaps "
     "possibly may probably likely unlikely approx approximately approximate about around roughly "
     "nearly almost least most between is isn are was were be wrong incorrect false invalid error "
@@ -282,8 +282,11 @@ def _words(text: str, known: frozenset | None) -> frozenset | None:
     None: this is the gold), and none that changes a number."""
     if not re.fullmatch(r"(?:[^\W\d_]|[ .()-])+", text):
         return None
-    stems = frozenset(map(_stem, re.findall(r"[^\W\d_]+", text))) - {"of", "the", "total"}
+    words = [*map(_stem, re.findall(r"[^\W\d_]+", text))]
+    stems = frozenset(words) - {"of", "the", "total"}
     new = frozenset() if known is None else stems - known
+    if len({*words}) < len(words):  # million million
+        return None
     plain = all(len(x) > 2 and x.isascii() and not _changes(x) for x in new)
     return stems if plain and len(new) <= 2 else None
 
@@ -685,8 +688,8 @@ def _same_number(gold: str, answer: str, g: Fraction, a: Fraction) -> bool:
 
 _REFUSED = re.compile(  # for sympy: towers of numbers, many digits, two numbers, words, many bars
     r"\d{200}|\^\{[+-]?\d+\}\^|\^\{[+-]?(?!2\^\{1?\d\}|[3-9]\^\{[1-4]\})\d+\^|\^\{[+-]?\d{6}|\d{5}\)?!"
-    r"|!!!|\d\s\d|\u2003|:|(?:\^\{\w*\}){4}"
-    r"|(?<![\\A-Za-z])(?:or|and|not|if|[A-Za-z]{5,})|(?:\|[^|]*){20}"
+    r"|!!|\d\s\d|\u2003|:|(?:\^\{\w*\}){4}"
+    r"|(?<![\\A-Za-z])[A-Za-z]{5,}|(?:\|[^|]*){20}"
 )
 _FOR_THE_LIBRARY = (
     (r"(\d+(?:\.\d+)?)°", r"{\\frac{\1\\pi}{180}}"),
@@ -712,7 +715,8 @@ def _sympy(text: str) -> Any:
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
     from sympy import Expr, Float, I, Rational, Symbol
 
-    if not text or len(text) > 700 or _REFUSED.search(text):
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)  # or is not a product
+    if not text or len(text) > 700 or _REFUSED.search(text) or any(map(_changes, words)):
         return None
     if (value := number(text)) is not None:
         return Rational(value.numerator, value.denominator)
@@ -742,11 +746,12 @@ def _equal(a: Any, b: Any, factor: bool = False) -> bool:
     from sympy import Derivative, Float
     from sympy.core.function import AppliedUndef
 
-    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
-    if (a - b).has(Derivative, AppliedUndef):
+    if (a - b).has(Derivative, AppliedUndef) or bool(a.free_symbols) != bool(b.free_symbols):
         return False
+    a, b = a.doit(), b.doit()
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
     if not symbols:
-        difference, size = a.doit() - b.doit(), abs(b.evalf(15))
+        difference, size = a - b, abs(b.evalf(15))
         if factor or difference.is_Rational or not size.is_finite:
             return not factor and difference == 0
         return bool(abs(difference.evalf(15, maxn=400)) <= size * 1e-200)
@@ -754,7 +759,7 @@ def _equal(a: Any, b: Any, factor: bool = False) -> bool:
     for start, step in _POINTS:
         point = {x: Float(start + i * step, 100) / 10007 for i, x in enumerate(symbols)}
         if not _says_nothing(a, point) and not _says_nothing(b, point):
-            x, y = (tree.xreplace(point).doit().evalf(100) for tree in (a, b))
+            x, y = (tree.xreplace(point).evalf(100) for tree in (a, b))
             if x.is_number and y.is_number and abs(x).is_finite and abs(y).is_finite:
                 values.append((x, y))
                 p, q = values[0] if factor else (1, 1)
