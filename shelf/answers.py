@@ -746,7 +746,8 @@ def _equal(a: Any, b: Any, factor: bool = False) -> bool:
     from sympy import Derivative, Float
     from sympy.core.function import AppliedUndef
 
-    if (a - b).has(Derivative, AppliedUndef) or bool(a.free_symbols) != bool(b.free_symbols):
+    unknown = a.has(Derivative, AppliedUndef) or b.has(Derivative, AppliedUndef)
+    if unknown or bool(a.free_symbols) != bool(b.free_symbols):
         return False
     a, b = a.doit(), b.doit()
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
