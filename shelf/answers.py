@@ -269,8 +269,8 @@ def _unit(text: str) -> Any:
     text = re.sub(r"\b(?:per|an)\b", "/", re.sub(r"(?<!\{)[.()-]", " ", text))
     text = re.sub(r"\b(square|sq|cubic|cu)\b *(\w+)", lambda m: f"{m[2]}^{{{_POWERS[m[1]]}}}", text)
     text = re.sub(r" (squared|cubed)\b", lambda m: f"^{{{_POWERS[m[1]]}}}", text)
-    names = {*re.findall(_NAME, text)}
-    if not {*map(_stem, names)} <= _UNITS.keys() or re.search(r"(?<![-{])\d|\^\{1\}|[%!']", text):
+    plain = re.fullmatch(r"(?:[A-Za-z° /{}]|\\cdot|\\frac|\^\{(?:-\d|[2-9])\})*", text)
+    if not plain or not {*map(_stem, re.findall(_NAME, text))} <= _UNITS.keys():
         return None
     text = re.sub(_NAME, lambda m: f"({_UNITS[_stem(m[0])]})", text).strip()
     unit = _sympy("1" + text if text.startswith("/") else text)
@@ -598,8 +598,9 @@ _OPERATORS = re.compile(  # what asks to be evaluated
     r"sim|to|not|ne|[pm]m|mp|equiv|begin)(?![A-Za-z])|[!?]|(?=\|\\begin)"
     r"|\\frac\{(?=[^{}\\]*(?<![a-z])d[^{}]*\}\{[^{}\\]*(?<![a-z])d[a-z])"
 )
-_TRIG = re.compile(
-    r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?(?:\^\{[^{}]*\})? ?(\([^)]*|\{[^}]*|[^-+=,)]*)"
+_TRIG = re.compile(  # with its argument
+    r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?(?:\^\{[^{}]*\})? ?"
+    r"(\([^)]*|\{[^}]*|(?:(?!\\(?:arc|sin|cos|tan|cot|sec|csc))[^-+=,)])*)"
 )
 _MARKS = re.compile(  # what sympy would lose
     r"\w?'+|\w?\^\{[T*]\}|\\(?:overline|bar|hat|tilde|d?dot|vec|overrightarrow|(?:tri)?angle)"
