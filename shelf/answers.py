@@ -503,6 +503,8 @@ _NO_NAMES = _HEDGES - {"is"} | {*"any all pi infty pm mp neg sqrt exp gcd lcm li
 def _equation(parts: list[str], marks: list[str], text: str) -> Node:
     """Return the value of x = 5 with its name, or the chain of sides, without roundings of the
     side before. The last side is a value, even if it is a letter."""
+    if re.fullmatch(r"\\approx ?-?\d*\.\d+", text):  # a decimal may say that it is rounded
+        return parse(parts[1])
     first = next((i for i, x in enumerate(parts[:-1]) if not _is_name(x)), len(parts) - 1)
     kept = [parse(parts[first])]
     for exact, mark, side in zip(parts[first:], marks[first:], parts[first + 1 :], strict=False):
