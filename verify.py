@@ -152,30 +152,43 @@ def extract_code(text: str | None) -> str | None:
 
 # ---- choice -------------------------------------------------------------------------------------
 
+_NEGATION = re.compile(  # before the letter
+    r"\b(?:not?|non|never|neither|nor|but|except|excluding|other|without|unlike|wrong|incorrect|false"
+    r"|rules? out|eliminat\w+|exclud\w+|cannot|\w+n['’]t)\b|[~¬!≠-]\s*[({\[]*$", re.I,
+)  # fmt: skip
+_DENIAL = re.compile(  # behind it, but not in the words of its option: "B) not enough is known"
+    r"\s*not\b|[\s)\]]*(?:\?|(?:\w+ )?(?:or|is|was|does|can|could) ?n[o'’]?t\b|cannot\b|excluded"
+    r"|(?:(?:is|was|seems|looks) )?(?:wrong|incorrect|false|impossible|excluded|out)\b)", re.I,
+)  # fmt: skip
+
 
 def grade_choice(extracted: str, reference: Any, n_choices: int = 4) -> Grade:
     """Compare with the one capital letter, standing alone, that the answer names; two letters get
-    no credit."""
+    no credit, and a negation names none."""
     letters = [chr(ord("A") + i) for i in range(n_choices)]
     gold = str(reference).strip(" ().\n").upper()
     if gold not in letters:
         raise BadReference(f"{reference!r} is not one of the {n_choices} letters")
-    plain = re.sub(r"\\[A-Za-z]+|[*$`]", " ", extracted)
+    plain = re.sub(r"\\(?:l?n?not|neg?|x?cancel|overline|sout)\b", " not ", extracted)
+    plain = re.sub(r"\\[A-Za-z]+|[*$`]", " ", plain)
     # Letters just past the options count as named too ("A or E" of four), save the pronoun I.
     known = {*letters, *"ABCDEFGHJ"}
     named = {x for x in re.findall(r"(?<![^\W_])[A-Z](?![^\W_])", plain) if x in known}
     if not named and re.fullmatch(r"[\s({\[]*[a-z][\s)}\].:]*", plain):
         named = set(re.findall(r"[a-z]", plain.upper(), re.I))
-    if len(named) != 1:
+    places = [*re.finditer(rf"(?<![^\W_]){min(named, default=0)}(?![^\W_])", plain)]
+    if places and _NEGATION.search(plain, 0, places[0].start()):
+        named = set()
+    if len(named) != 1 or any(_DENIAL.match(plain, place.end()) for place in places):
         return Grade(False, extracted if named else None, "ok" if named else "no_answer")
     return Grade(named == {gold}, *named)
 
 
-# ---- math: numbers in the caller, all else in a worker, for sympy may never return ---------------
+# ---- math: texts and integers in the caller, all else in a worker, for sympy may never return -----
 
 
 def grade_number(extracted: str, reference: str) -> Grade | None:
-    """Settle two equal numbers, or two different integers; None where it takes more."""
+    """Settle equal texts, and two integers, in linear time; None where it takes more."""
     verdict = answers.settle(extracted, reference)
     return None if verdict is None else Grade(verdict, extracted)
 

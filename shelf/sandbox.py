@@ -510,14 +510,14 @@ def _execute(code: str, func: str | None, module: types.ModuleType) -> int:
     module.__name__ = "solution" if func else "__main__"
     sys.modules["__main__"] = sys.modules[module.__name__] = module
     scope, status, stdout = vars(module), 0, sys.stdout
-    known = len(scope)
+    known, library = len(scope), scope.get(func)
     # The interpreter's own would not take "\r\n" for the end of a line.
     sys.stdin = sys.__stdin__ = scope["stdin"] = open(0, errors="surrogateescape", closefd=False)
     gc.freeze()  # what is there now is not the program's
     try:
         exec(compile(code, "solution.py", "exec"), scope)
         if func:
-            return _call(scope, func, dumps)
+            return _call(scope, func, dumps, library)
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:
@@ -533,14 +533,14 @@ def _execute(code: str, func: str | None, module: types.ModuleType) -> int:
     return status & 0xFF
 
 
-def _call(scope: dict, func: str, dumps: Callable[[Any], str]) -> int:
+def _call(scope: dict, func: str, dumps: Callable[[Any], str], library: Any) -> int:
     """Call the function with the arguments of descriptor 0; 0 if its result could be written."""
     with open(0, "rb", closefd=False) as file:
         lines = file.read().decode("utf-8", "surrogatepass").split("\n")
     try:
         call = getattr(scope["Solution"](), func)  # also one that its __init__ sets
     except (KeyError, AttributeError, TypeError):
-        call = scope[func]
+        call = scope[func] if scope[func] is not library else None  # the prelude's: nobody's own
     data = dumps(call(*[json.loads(line) for line in lines if line.strip()])).encode()
     os.ftruncate(3, 0)
     return int(os.pwrite(3, data, 0) != len(data))

@@ -1,5 +1,7 @@
 """Multiple choice: the one letter that the last statement names."""
 
+import time
+
 import pytest
 
 import verify
@@ -58,6 +60,44 @@ def test_letter(response, letter):
 )
 def test_no_credit(response):
     assert not any(grade(response, gold).correct for gold in "ABCD")
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "Answer: not A", "Answer: anything but B", r"\boxed{\neg B}", r"\boxed{\lnot B}",
+        "Answer: all except B", "Answer: C or not", "Answer: A is wrong",
+        "Answer: (A) is not right",
+        "Answer: never A", "Answer: neither A", r"\boxed{\text{not } B}", "Answer: ~A",
+        "Answer: ¬A",
+        "Answer: everything other than D", "Answer: it isn't A", "Answer: A cannot be",
+        "Answer: -A",
+        "Answer: B?", "Answer: rule out B", "Answer: A excluded", r"\boxed{\overline{A}}",
+        "Answer: !B",
+        r"\boxed{\cancel{A}}", "Answer: Not (A)", "Answer: A doesn't hold", "Answer: A was false",
+    ],
+)
+def test_a_negation_names_no_letter(response):
+    assert not any(grade(response, gold).correct for gold in "ABCD")
+
+
+@pytest.mark.parametrize(
+    "response",
+    ["Answer: B) Not enough is known", "Answer: B: it does not react", "Answer: B (no reaction)",
+     "Answer: B, since nothing else fits", "Answer: B. Nothing but water", "Answer: It is B."],
+)  # fmt: skip
+def test_the_words_of_an_option_may_deny_something(response):
+    assert grade(response, "B").correct
+
+
+@pytest.mark.parametrize(
+    "text", ["A " * 50_000, "not " * 50_000 + "A", "- " * 50_000 + "A", "A" + " " * 100_000 + "x",
+             "A is " * 40_000, "A w" * 60_000, "A" + ")" * 100_000, "~ " * 50_000 + "A"],
+)  # fmt: skip
+def test_long_texts_take_linear_time(text):
+    started = time.process_time()
+    grade("Answer: " + text, "A")
+    assert time.process_time() - started < 1
 
 
 def test_number_of_choices():

@@ -16,6 +16,7 @@ import pytest
 from test_sandbox import children, wait_until
 
 import verify
+from shelf import sandbox
 
 ADD = "a, b = map(int, input().split())\nprint(a + b)"
 CASES = [("3 4\n", "7\n"), ("10 20\n", "30\n")]
@@ -143,6 +144,40 @@ def test_correct_programs(graders, code):
 def test_correct_functions(graders, code, func, cases):
     result = run(graders, code, cases, func)
     assert (result.correct, result.status, result.detail) == (True, "ok", "")
+
+
+def prelude_functions():
+    """The names that a program finds without an import."""
+    scope = {}
+    exec("".join(f"from {module} import *\n" for module in sandbox._STAR), scope)
+    return sorted({*scope, *sandbox._STAR} - {"__builtins__"})
+
+
+def test_a_function_of_the_prelude_is_not_the_programs_own():
+    """With an empty program there is no result to compare, whatever the task's function is called."""
+    names = prelude_functions()
+    assert len(names) > 200 and {"add", "gcd", "merge", "accumulate"} <= {*names}
+    with sandbox.Sandbox() as box:
+        for name in names:
+            for arguments in ("[3]", "3\n4", ""):
+                assert box.run("pass", arguments, name, 5)[0] == "failed", name
+
+
+@pytest.mark.parametrize(
+    "code, correct",
+    [
+        ("pass", False), ("def other(a, b):\n    return a + b", False),
+        ("class Solution:\n    def other(self, a, b):\n        return a + b", False),
+        ("class Solution:\n    def __init__(self, x):\n        pass", False),
+        ("def gcd(a, b):\n    return math.gcd(a, b)", True),
+        ("def solve(a, b):\n    return gcd(a, b)\nclass Solution:\n    gcd = staticmethod(solve)", True),
+        ("class Solution:\n    def gcd(self, a, b):\n        return gcd(a, b)", True),
+        ("from math import *", False), ("import math\ngcd = math.gcd", False),
+    ],
+)
+def test_only_what_the_program_defines_counts(graders, code, correct):
+    result = run(graders, code, [("12\n18", "6")], "gcd")
+    assert (result.correct, result.status) == (correct, "ok")
 
 
 @pytest.mark.parametrize(
