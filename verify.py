@@ -184,7 +184,7 @@ def grade_choice(extracted: str, reference: Any, n_choices: int = 4) -> Grade:
     return Grade(named == {gold}, *named)
 
 
-# ---- math: texts and integers in the caller, all else in a worker, for sympy may never return -----
+# ---- math: texts and integers in the caller, all else in a worker, for sympy may never return ----
 
 
 def grade_number(extracted: str, reference: str) -> Grade | None:
