@@ -159,6 +159,15 @@ def majority(kind: str, group: list[dict]) -> float:
     return float(np.mean([marks[0] for marks in votes.values() if len(marks) == most] or [0.0]))
 
 
+def lacks_module(record: dict) -> bool:
+    """Tell whether a program that failed imports what is not in the standard library: under the
+    official harness, which has numpy for example, it might be right."""
+    if record["correct"] or record.get("kind") != "code":
+        return False
+    imported = re.findall(r"^[ \t]*(?:from|import)[ \t]+(\w+)", record["extracted"] or "", re.M)
+    return not sys.stdlib_module_names.issuperset(imported)
+
+
 def summarize(kind: str, groups: list[list[dict]]) -> dict[str, float]:
     """Return one benchmark's numbers (see METRICS) from its records, n for each problem. Samples of
     one problem are not independent, problems are: the standard error is that of their means."""
@@ -175,6 +184,7 @@ def summarize(kind: str, groups: list[list[dict]]) -> dict[str, float]:
         no_answer=np.mean([r["status"] == "no_answer" for r in records]),
         timeouts=sum(r["status"] == "timeout" for r in records),
         grader_failures=sum(r["status"] in ("error", "bad_reference") for r in records),
+        missing_modules=sum(map(lacks_module, records)),
         prompts_too_long=sum(group[0]["finish_reason"] == "prompt_too_long" for group in groups),
         problems=problems,
         n=n,

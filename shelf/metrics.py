@@ -151,6 +151,8 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
     "eval_no_answer": "held-out no answer, share: samples in which none is marked as one",
     "eval_timeouts": "timeouts, samples: grading or the program took too long, so wrong",
     "eval_grader_failures": "grader failures, samples: counted as wrong for them; should be 0",
+    "eval_missing_modules": "missing modules, samples: programs that failed and import what is not "
+                            "in the standard library; other harnesses may have it",
     "eval_prompts_too_long": "too long, problems: for the context, so wrong; should be 0",
     "eval_problems": "problems, count: of the benchmark, or of --limit",
     "eval_n": "n, samples: of each problem",

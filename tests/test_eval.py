@@ -59,6 +59,17 @@ def records(correct: list[int], answers: list | None = None, name="b", identity=
     ]
 
 
+@pytest.mark.parametrize("code, counts", [
+    ("import numpy as np\nprint(1)", 1), ("def f():\n    from torch.nn import Linear", 1),
+    ("import os, sys\nfrom collections import deque", 0), ("print('import numpy')", 0),
+    (None, 0), ("\n" * 100_000 + " " * 100_000, 0)])
+def test_programs_that_lack_a_module_are_counted(code, counts):
+    both = records([0, 1], [code, code])
+    assert evaluation.summarize("code", [[dict(record, kind="code") for record in both]])[
+        "missing_modules"] == counts
+    assert evaluation.summarize("math", [both])["missing_modules"] == 0
+
+
 def test_standard_error_is_that_of_a_bootstrap_over_problems():
     rng = np.random.default_rng(1)
     p = rng.beta(0.5, 0.5, 200)  # problems differ much: the samples of one are correlated
