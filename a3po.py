@@ -561,16 +561,19 @@ def build(config: Config, device: str, kernel: str, precision: torch.dtype | Non
     head = dict(temperature=config.temperature, head_chunk=config.head_chunk,
                 proxy_kappa=config.proxy_kappa, autocast=None if sharded else precision)
     model = load_model(config.model, kernel, config.gradient_checkpointing)
+    needs_reference = bool(config.kl_coef and not config.proxy_kappa)
+    if device != "cpu":  # before it is moved there
+        held = sum(p.numel() for p in model.parameters())
+        held //= (shards or world_size()) if sharded else 1
+        card = torch.cuda.get_device_properties(0).total_memory
+        say(check_memory(held, needs_reference, config.gpu_memory, card))
     policy = distribute(Policy(model, **head), config.parallel, device, precision, shards)
     reference = None
-    if config.kl_coef and not config.proxy_kappa:
+    if needs_reference:
         reference = Policy(load_model(config.model, kernel).requires_grad_(False), **head)
         if sharded:  # DDP refuses a model without gradients, and needs none
             reference = distribute(reference, "fsdp", device, precision, shards)
         reference = reference.to(device).float()
-    if device != "cpu":
-        card = torch.cuda.get_device_properties(0).total_memory
-        say(check_memory(policy, reference, config.gpu_memory, card))
     optimizer = torch.optim.AdamW(policy.parameters(), config.lr, (0.9, config.adam_beta2),
                                   weight_decay=config.weight_decay)
     optimizer.param_groups[0]["skipped"] = 0  # see step_or_skip

@@ -44,31 +44,21 @@ def check_model(name: str, config) -> None:
             "that vLLM and the trainer agree about it")
 
 
-def check_memory(policy: nn.Module, reference: nn.Module | None, gpu_memory: float,
-                 card: int) -> str:
+def check_memory(parameters: int, reference: bool, gpu_memory: float, card: int) -> str:
     """Return a line that says how a run fits into GPUs of `card` bytes, vLLM's share of which is
-    gpu_memory, by arithmetic from the parameters that this rank holds; UsageError if it cannot."""
-    held = 12 * local_parameters(policy) + 4 * local_parameters(reference)  # weights, Adam
-    update = held + 4 * local_parameters(policy) + CONTEXT  # gradients; activations come on top
-    most = 1 - (held + CONTEXT) / card
-    states = f"weights, Adam and gradients take {(update - CONTEXT) / 2**30:.1f} GiB"
+    gpu_memory, by arithmetic; UsageError if it cannot. parameters: those that a rank holds."""
+    held = (16 if reference else 12) * parameters  # float32: weights, Adam's two states
+    update = held + 4 * parameters + CONTEXT  # and gradients; activations come on top
+    most = int(100 * (1 - (held + CONTEXT) / card)) / 100
+    states = (f"weights, Adam and gradients take {(update - CONTEXT) / 2**30:.1f} GiB of a GPU's "
+              f"{card / 2**30:.0f}")
     if update > card:
-        raise UsageError(f"it does not fit: {states} of a GPU's {card / 2**30:.0f}, and CUDA needs "
-                         "about 5: take more GPUs (--parallel fsdp) or a smaller model")
+        raise UsageError(f"it does not fit: {states}, and CUDA needs about 5: take more GPUs "
+                         "(--parallel fsdp) or a smaller model")
     if gpu_memory > most:
-        raise UsageError(f"it does not fit: {states} of a GPU's {card / 2**30:.0f}: lower "
-                         f"--gpu_memory {gpu_memory} to at most {max(most, 0):.2f}")
-    return f"{states} of a GPU's {card / 2**30:.0f}; --gpu_memory could be {most:.2f} (--dry_run)"
-
-
-def local_parameters(module: nn.Module | None) -> int:
-    """Return how many parameters of a module this rank holds: of sharded ones its part."""
-    return 0 if module is None else sum(local(p).numel() for p in module.parameters())
-
-
-def local(parameter: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of a parameter."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        raise UsageError(f"it does not fit: {states}: lower --gpu_memory {gpu_memory} to at most "
+                         f"{max(most, 0):.2f}")
+    return f"{states}; --gpu_memory could be {most:.2f} (see --dry_run)"
 
 
 def check_sleep(engine: Engine, model: nn.Module, dtype: torch.dtype | None,

@@ -19,7 +19,7 @@ import numpy as np
 import a3po
 import model as policy_model
 from rollout import Prompt, Sample
-from shelf import checks, ranks
+from shelf import ranks
 from verify import Grade
 
 
@@ -83,6 +83,11 @@ def measure(model: str, parallel: str, tokens: int, *flags: str, device: str = "
     return dict(gradient=recorder.gradient, weights=weights, metrics=metrics)
 
 
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a parameter."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
 def overflow(model: str, parallel: str, device: str = "cpu") -> dict:
     """Return what an fp16 update that overflows on one rank does on each of them, and then one that
     does not: [metrics, the loss scale after it, whether this rank's weights have changed]."""
@@ -93,11 +98,11 @@ def overflow(model: str, parallel: str, device: str = "cpu") -> dict:
         samples = fixed_samples()
         samples[0].advantage = advantage
         mini_batches = one_mini_batch(samples, config)
-        before = [checks.local(p).clone() for p in policy.parameters()]  # before a forward
+        before = [local(p).clone() for p in policy.parameters()]  # before a forward
         a3po.score(policy, None, mini_batches, config)
         metrics = a3po.update(policy, optimizer, mini_batches, config, a3po.rho_at(0, config),
                               scaler)
-        moved = any(not torch.equal(checks.local(p), old)
+        moved = any(not torch.equal(local(p), old)
                     for p, old in zip(policy.parameters(), before, strict=True))
         found.append([metrics["skipped_updates"], scaler.get_scale(), moved])
     return dict(found=ranks.gather([found]))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -373,26 +374,37 @@ def test_a_token_that_vllm_gives_no_chance_is_no_mismatch():
 
 
 def test_what_cannot_fit_into_a_gpu_is_refused_by_arithmetic():
-    """16 bytes a parameter that this rank holds (weights, gradients, Adam), and 5 GiB beside."""
-    GIB, model = 2**30, torch.nn.Linear(1000, 1000, bias=False)
-    policy = torch.nn.Sequential(model, torch.nn.Linear(1000, 1000))
-    held = 16 * 2_001_000
-    said = checks.check_memory(policy, None, 0.6, 80 * GIB)
-    assert said == ("weights, Adam and gradients take 0.0 GiB of a GPU's 80; --gpu_memory could be "
-                    "0.94 (--dry_run)")
-    with pytest.raises(UsageError, match="does not fit: .* take more GPUs"):
-        checks.check_memory(policy, None, 0.6, 5 * GIB + held - 1)
-    with pytest.raises(UsageError, match="take more GPUs"):  # a reference is held too
-        checks.check_memory(policy, policy, 0.6, 5 * GIB + held + 4 * 2_001_000 - 1)
-    with pytest.raises(UsageError, match=r"lower --gpu_memory 0.6 to at most 0.37$"):
-        checks.check_memory(policy, None, 0.6, 8 * GIB)
+    """16 bytes a parameter that a rank holds (weights, gradients, Adam), and 5 GiB beside."""
+    GIB, n = 2**30, 10**9
+    assert checks.check_memory(n, False, 0.6, 80 * GIB) == (
+        "weights, Adam and gradients take 14.9 GiB of a GPU's 80; --gpu_memory could be 0.79 "
+        "(see --dry_run)")
+    checks.check_memory(n, False, 0.01, 5 * GIB + 16 * n)
+    for reference in (False, True):  # which is held too
+        with pytest.raises(UsageError, match="does not fit: .* take more GPUs"):
+            checks.check_memory(n, reference, 0.01, 5 * GIB + (16 + 4 * reference) * n - 1)
+    with pytest.raises(UsageError, match=r"lower --gpu_memory 0.6 to at most 0.32$"):
+        checks.check_memory(n, False, 0.6, 24 * GIB)
+    checks.check_memory(n, False, 0.32, 24 * GIB)
 
-    class Shard(torch.nn.Parameter):
-        def to_local(self):
-            return self[:125]
 
-    model.weight = Shard(model.weight.detach())
-    assert checks.local_parameters(model) == 125_000 and checks.local_parameters(None) == 0
+@pytest.mark.parametrize("flags, held", [
+    ([], 0.25), (["--shard_ranks=2"], 0.5), (["--parallel=ddp"], 1), (["--kl_coef=0.1"], 0.25)])
+def test_the_arithmetic_comes_before_the_weights_are_moved(flags, held, tiny_model, monkeypatch):
+    def seen(parameters, reference, gpu_memory, card):
+        assert (reference, gpu_memory, card) == ("--kl_coef=0.1" in flags, 0.5, 7)
+        raise UsageError(f"{parameters / whole}")
+
+    whole = sum(p.numel() for p in a3po.load_model(tiny_model, "grids").parameters())
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    card = SimpleNamespace(total_memory=7)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(a3po, "check_memory", seen)
+    monkeypatch.setattr(a3po, "distribute", lambda *_: pytest.fail("moved"))
+    flags = ["--setting=demo", f"--model={tiny_model}", "--gpu_memory=0.5", *flags]
+    config = a3po.parse_args(flags)
+    with pytest.raises(UsageError, match=f"^{float(held)}"):
+        a3po.build(config, "cuda:0", "varlen", torch.bfloat16)
 
 
 def planted(draw: int, dead: float) -> list[Sample]:
