@@ -265,7 +265,8 @@ class Engine:
         from vllm import LLM
 
         if self.cpu:
-            device_options = dict(kv_cache_memory_bytes=cpu_cache_bytes(config, max_model_len))
+            room = 64 * max_model_len * cache_bytes(config, 4)  # for 64 whole sequences
+            device_options = dict(kv_cache_memory_bytes=int(np.clip(room, 256 << 20, 4 << 30)))
         else:
             device_options = dict(gpu_memory_utilization=gpu_memory, enable_sleep_mode=sleeps)
         self.llm = LLM(
@@ -345,12 +346,11 @@ class Engine:
             self.asleep = True
 
 
-def cpu_cache_bytes(config, max_model_len: int) -> int:
-    """Return what a key/value cache for 64 full-length fp32 sequences takes, 256 MiB to 4 GiB."""
+def cache_bytes(config, itemsize: int) -> int:
+    """Return what keys and values of one token take, of so many bytes each."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * 4 * config.num_hidden_layers * heads * head_dim
-    return int(np.clip(64 * per_token * max_model_len, 256 << 20, 4 << 30))
+    return 2 * itemsize * config.num_hidden_layers * heads * head_dim
 
 
 # ---- sampling and grading -----------------------------------------------------------------------

@@ -29,14 +29,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import a3po
 import model
-from rollout import Prompt, Sample
+from rollout import Prompt, Sample, cache_bytes
 from shelf.checks import CONTEXT, check_model
 from shelf.ranks import UsageError
+from shelf.report import plan_table
 from verify import Grade
 
 GIB = 2**30
 GRAPHS = 3 * GIB  # calculated: vLLM's activations and CUDA graphs
-SPEEDS = dict(flops=990e12, update=0.4, score=0.4, generate=0.08)  # an H100's, and shares of it
 NAMES = {  # what the trackers of FSDP and of one process call it
     "weights": ("sharded_param", "param"), "gradients": ("sharded_grad", "grad"),
     "Adam": ("opt",), "activations": ("act",), "temporary": ("temp",),
@@ -68,16 +68,15 @@ def measure(ranks: int, config: a3po.Config) -> dict:
 
     # None to clip: DTensor derives the shapes of that from whole tensors, which would be counted
     watched.parameters = list
-    rho = a3po.rho_at(0, config)
     with fake, Values():
         batches = [full_batch(config) for _ in range(2)]
         model.GPU = True
         with tracker:
             for n in (1, 2):  # in the second update Adam's averages exist, and gradients add up
-                a3po.update(watched, optimizer, [batches[:n]], config, rho)
+                a3po.update(watched, optimizer, [batches[:n]], config, a3po.rho_at(0, config))
         model.GPU = False  # the counter does not know products with another result type
         with FlopCounterMode(display=False) as flops:
-            a3po.update(watched, optimizer, [batches[:1]], config, rho)
+            a3po.update(watched, optimizer, [batches[:1]], config, a3po.rho_at(0, config))
     [peak] = tracker.get_tracker_snapshot("peak").values()
     found = {str(key).rpartition(".")[2].lower(): size for key, size in peak.items()}
     held = {name: sum(found.get(key, 0) for key in keys) for name, keys in NAMES.items()}
@@ -86,12 +85,10 @@ def measure(ranks: int, config: a3po.Config) -> dict:
     buckets = 4 * parameters * (shards == 1 < ranks)
     held["gathered"] += buckets
     held["reference"] = 4 * parameters // shards if reference else 0
-    head_dim = getattr(about, "head_dim", None) or about.hidden_size // about.num_attention_heads
-    kv_heads = getattr(about, "num_key_value_heads", None) or about.num_attention_heads
     return dict(
         held=held, peak=found["total"] + buckets + held["reference"], parameters=parameters,
-        tokens=len(batches[0]["ids"]), update_flops=flops.get_total_flops(), setting=vars(config),
-        kv_bytes=4 * about.num_hidden_layers * kv_heads * head_dim,
+        context=CONTEXT, tokens=len(batches[0]["ids"]), update_flops=flops.get_total_flops(),
+        setting=vars(config), kv_bytes=cache_bytes(about, 2),
     )
 
 
@@ -143,9 +140,8 @@ def full_batch(config: a3po.Config) -> dict:
 
 def in_process(ranks: int, argv: list[str]) -> dict:
     """Return what `measure` finds with these flags. Raises UsageError."""
-    env = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    new = multiprocessing.get_context("spawn")
-    with patch.dict(os.environ, env), ProcessPoolExecutor(1, new) as pool:
+    with (patch.dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
+          ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool):
         return pool.submit(measure, ranks, a3po.parse_args(argv)).result()
 
 
@@ -184,33 +180,6 @@ def refusal(x: dict, gpu: int, ranks: int, argv: list[str]) -> str:
     return f"it does not fit: {what}; nothing that was tried helps"
 
 
-def table(x: dict, ranks: int, gpus: int, mean: int) -> str:
-    """Show what was measured, and what follows from it for a step with responses of mean length."""
-    c, n, gb = x["setting"], x["parameters"], x["parameters"] / 1e9
-    sizes = {name: size for name, size in x["held"].items() if size} | dict(together=x["peak"])
-    parts = "\n".join(f"  {name:24}{size / GIB:7.1f}" for name, size in sizes.items())
-    long = c["max_prompt_length"] + c["max_response_length"]
-    step = c["prompts_per_step"] * c["group_size"] * mean
-    update = x["update_flops"] / x["tokens"] * step
-    score = update / (4 if c["gradient_checkpointing"] else 3)
-    speed = SPEEDS["flops"] * ranks
-    times = ", ".join(
-        f"{name} {flops:.1e} FLOP, {flops / speed / SPEEDS[name]:.0f} s at {SPEEDS[name]:.0%}"
-        for name, flops in dict(generate=2 * n * step, update=update, score=score).items())
-    return f"""{c["model"]}: {gb:.2f}B parameters on {ranks} GPUs. An update's peak, GiB a GPU, \
-measured at {c["micro_batch_tokens"]} tokens:
-{parts}   beside about {CONTEXT / GIB:.0f} of CUDA, NCCL and the sleeping vLLM (calculated)
-vLLM at --gpu_memory {c["gpu_memory"]} (at most {x["most"]}): room for {x["kv_tokens"]:,} tokens, \
-{x["kv_tokens"] // (mean + 256)} sequences of mean or {x["kv_tokens"] // long} of full length \
-(calculated)
-A step of {step / 1e6:.1f}M tokens, calculated at {SPEEDS["flops"] / 1e12:.0f} TFLOP/s a GPU: \
-{times}
-GB: gathered for each forward and each backward {2 * gb:.1f}, reduced {4 * gb:.1f}, synced \
-{2 * gb:.1f} a step; disk {2 * gb:.1f} a checkpoint, {12 * gb:.0f} more of the newest, twice while \
-it is written; a machine's memory {2 * gb * gpus:.0f} while weights load, 0.1 for each grader (at \
-most 16 a GPU, a core each)"""
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("a3po.py --dry_run", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -219,13 +188,12 @@ def main(argv: list[str] | None = None) -> None:
                                 ("mean_length", 3000, "tokens of a mean response")):
         parser.add_argument(f"--{name}", type=int, default=default,
                             help=f"{text} (default: %(default)s)")
-    parser.add_argument("--dry_run", action="store_true", help=argparse.SUPPRESS)
     args, rest = parser.parse_known_args(argv)
     flags, ranks, gpu = ["--setting=paper", *rest], args.gpus * args.nodes, args.gpu_gb * GIB
     try:
         measured = in_process(ranks, flags)
         why = problem(measured, gpu)
-        print(table(measured, ranks, args.gpus, args.mean_length), flush=True)
+        print(plan_table(measured, ranks, args.gpus, args.mean_length), flush=True)
         if why:
             raise UsageError(refusal(measured, gpu, ranks, flags))
         print("it fits")

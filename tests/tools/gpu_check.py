@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import a3po  # noqa: E402
 import model  # noqa: E402
 from rollout import Prompt, Sample  # noqa: E402
-from shelf import plan  # noqa: E402
+from shelf import plan, report  # noqa: E402
 from shelf.ranks import leave  # noqa: E402
 from verify import Grade  # noqa: E402
 
@@ -114,7 +114,7 @@ def check(how: str, ranks: int, steps: list[dict], planned: dict | None) -> None
          ", ".join(f"{k} {v:.1f}" for k, v in parts.items()), None)
     if planned:
         flops = planned["update_flops"] / planned["tokens"] * last["rollout_tokens"]
-        mfu = flops / last["seconds_update"] / ranks / plan.SPEEDS["flops"]
+        mfu = flops / last["seconds_update"] / ranks / report.SPEEDS["flops"]
         line(f"{how}: MFU of the update, at most", f"{mfu:.1%}", "40 % of an H100", mfu > 0.3)
     if planned and "memory_gib" in last:
         expected = planned["peak"] / plan.GIB
