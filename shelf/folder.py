@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from rollout import Sample
 from shelf.config import FREE, Config
@@ -234,8 +235,8 @@ class RunFolder:
             shutil.copyfile(path, self.path / f"config.{older + 1}.json")
         replace_file(path, json.dumps(about, indent=1) + "\n")
         for name in self.log_to:
-            self.attempt(name, lambda name: self.sinks.update(
-                {name: open_sink(name, self.path, about, start)}), name)
+            if sink := self.attempt(name, open_sink, name, self.path, about, start):
+                self.sinks[name] = sink
         atexit.register(self.close_sinks)  # also of a run that is stopped
         say(f"the run is in {self.path}; to end it after a step with a checkpoint: touch "
             f"{self.path / 'stop'}")
@@ -266,10 +267,10 @@ class RunFolder:
         for name, (log, _) in list(self.sinks.items()):
             self.attempt(name, log, known, step=metrics["step"])
 
-    def attempt(self, sink: str, action: Callable, *args, **options) -> None:
-        """Leave out a sink that fails, of whatever kind: training goes on."""
+    def attempt(self, sink: str, action: Callable, *args, **options) -> Any:
+        """Return what the action does; leave out a sink that fails: training goes on."""
         try:
-            action(*args, **options)
+            return action(*args, **options)
         except Exception as why:  # of a network, a service, another version
             self.sinks.pop(sink, None)
             say(f"NOTE: --log_to {sink} failed and is left out ({type(why).__name__}: "
