@@ -700,10 +700,11 @@ def run_eval(engine, tokenizer, judge, prompts: list[Prompt], config: Config) ->
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if "--dry_run" in argv:  # a program of its own, which runs this one's `update`
-        paths = [os.path.dirname(os.path.abspath(__file__)), os.environ.get("PYTHONPATH", "")]
+        paths = [os.path.dirname(os.path.abspath(__file__)), os.environ.get("PYTHONPATH")]
         flags = [flag for flag in argv if flag != "--dry_run"]
         plan = [sys.executable, "-P", "-m", "shelf.plan", *flags]
-        sys.exit(subprocess.call(plan, env=os.environ | dict(PYTHONPATH=os.pathsep.join(paths))))
+        path = os.pathsep.join(filter(None, paths))  # an empty entry would be the working directory
+        sys.exit(subprocess.call(plan, env=os.environ | dict(PYTHONPATH=path)))
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours are enough
     config, run = parse_args(argv), None
     try:

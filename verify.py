@@ -365,9 +365,12 @@ class Graders(AbstractContextManager):
     def grade(self, items: Iterable[tuple], progress: bool = False) -> list[Grade]:
         """Grade (kind, response, reference[, options]) tuples, keeping their order."""
         futures = [self.submit(*item[:3], **dict(*item[3:])) for item in items]
-        from tqdm import tqdm  # late, for importing this file is light
+        if progress:
+            from tqdm import tqdm
 
-        return [future.result() for future in tqdm(futures, "grading", disable=not progress)]
+            futures = tqdm(futures, "grading")
+
+        return [future.result() for future in futures]
 
     def _quick(self, kind: str, response: str | None, reference: Any, options: dict) -> Grade:
         """Settle in this process what is safe and quick; raises _NeedsSympy(extracted) else."""

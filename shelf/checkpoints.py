@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from model import full_weights
-from shelf.folder import all_see, existing, step_of
+from shelf.folder import all_see, checkpoints_in, existing
 from shelf.ranks import UsageError, gather, rank, say
 
 
@@ -90,7 +90,7 @@ class Checkpoints:
         os.sync()
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        older = sorted(self.folder.glob("step_*"), key=step_of)
+        older = checkpoints_in(self.folder)
         for path in older[: -(2 if self.resume_bytes < self.SMALL else 1)]:
             shutil.rmtree(path / "resume", ignore_errors=True)
         for path in older[: -self.keep] if self.keep else ():
@@ -100,9 +100,10 @@ class Checkpoints:
         """Restore weights and optimiser from the newest checkpoint that can be read; return (step,
         the state that was saved with it), (0, {}) where there is none. Raises UsageError where none
         can be read."""
-        found = [path.parent for path in self.folder.glob("step_*/resume/step.json")]
+        found = [path / "resume" for path in reversed(checkpoints_in(self.folder))
+                 if (path / "resume/step.json").exists()]
         found = gather([found])[0]  # rank 0 decides
-        for newest in sorted(found, key=lambda path: step_of(path.parent), reverse=True):
+        for newest in found:
             all_see(newest)
             try:
                 at = json.loads((newest / "step.json").read_text())

@@ -79,6 +79,12 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.partition("_")[2])
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the folders step_N, the oldest first. A copy with another name is the user's own."""
+    found = [path for path in folder.glob("step_*") if path.name[5:].isdecimal()]
+    return sorted(found, key=step_of)
+
+
 def all_see(path: Path) -> None:
     """Raise UsageError on all ranks if one does not see the path."""
     blind = [r for r, sees in enumerate(gather([path.exists()])) if not sees]
@@ -186,7 +192,7 @@ class RunFolder:
 
     def saved(self) -> int:
         """Return the step of the newest checkpoint, 0 if there is none."""
-        return max(map(step_of, self.checkpoints.glob("step_*")), default=0)
+        return max(map(step_of, checkpoints_in(self.checkpoints)), default=0)
 
     def where(self) -> str:
         """Return where an interrupted run stands."""

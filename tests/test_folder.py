@@ -98,6 +98,18 @@ def test_the_newest_are_kept_with_ordinary_modes(tmp_path, parts):
     assert modes == {(tmp_path / "file").stat().st_mode}
 
 
+def test_a_copy_that_the_user_made_is_left_alone(tmp_path, parts):
+    """It is no checkpoint to resume from, and is not deleted as an old one."""
+    kept = checkpoints(tmp_path / "checkpoints", parts, keep=1)
+    kept.save(1, {})
+    shutil.copytree(kept.folder / "step_1", kept.folder / "step_1-best")
+    (kept.folder / "step_").mkdir()
+    assert kept.save(2, {}) == 2 and kept.resume() == (2, {})
+    assert sorted(path.name for path in kept.folder.iterdir()) == ["step_", "step_1-best", "step_2"]
+    assert (kept.folder / "step_1-best/resume/step.json").exists()
+    assert RunFolder(settings(tmp_path)).saved() == 2
+
+
 def test_large_checkpoints_are_announced(tmp_path, parts, capsys):
     kept = checkpoints(tmp_path / "not yet", parts, keep=0)
     kept.announce()

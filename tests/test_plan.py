@@ -139,6 +139,13 @@ def dry_run(*flags, folder=ROOT):
                           env=os.environ | dict(COLUMNS="100"))
 
 
+def test_the_folder_it_is_started_in_is_not_searched_for_modules(tmp_path):
+    (tmp_path / "argparse.py").write_text("raise SystemExit('of the working directory')\n")
+    done = subprocess.run([sys.executable, ROOT / "a3po.py", "--dry_run", "--help"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "--mean_length" in done.stdout, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flags, says", [
     (["--model=/nowhere"], "error: model '/nowhere' has no config.json that can be read"),
