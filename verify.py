@@ -154,12 +154,10 @@ def extract_code(text: str | None) -> str | None:
 
 _NEGATION = re.compile(  # before the letter
     r"\b(?:not?|non|never|neither|nor|but|except|excluding|other|without|unlike|wrong|incorrect|false"
-    r"|rules? out|eliminat\w+|exclud\w+|cannot|\w+n['’]t)\b|[~¬!≠-]\s*[({\[]*$", re.I,
-)  # fmt: skip
+    r"|rules? out|eliminat\w+|exclud\w+|cannot|\w+n['’]t)\b|[~¬!≠-]\s*[({\[]*$", re.I)
 _DENIAL = re.compile(  # behind it, but not in the words of its option: "B) not enough is known"
     r"\s*not\b|[\s)\]]*(?:\?|(?:\w+ )?(?:or|is|was|does|can|could) ?n[o'’]?t\b|cannot\b|excluded"
-    r"|(?:(?:is|was|seems|looks) )?(?:wrong|incorrect|false|impossible|excluded|out)\b)", re.I,
-)  # fmt: skip
+    r"|(?:(?:is|was|seems|looks) )?(?:wrong|incorrect|false|impossible|excluded|out)\b)", re.I)
 
 
 def grade_choice(extracted: str, reference: Any, n_choices: int = 4) -> Grade:
@@ -369,7 +367,6 @@ class Graders(AbstractContextManager):
             from tqdm import tqdm
 
             futures = tqdm(futures, "grading")
-
         return [future.result() for future in futures]
 
     def _quick(self, kind: str, response: str | None, reference: Any, options: dict) -> Grade:
