@@ -55,11 +55,10 @@ try:
 
     import eval as evaluation
     import rollout
-    from model import GPU, Policy, collate, deal, distribute, full_weights, load_model, pack
+    from model import GPU, Policy, adam, collate, deal, distribute, full_weights, load_model, pack
     from rollout import Prompt, Sample, empty_sample, is_live, reward_failed
-    from shelf import ranks
+    from shelf import checks, memory, ranks
     from shelf.checkpoints import Checkpoints
-    from shelf.checks import check_agreement, check_memory, check_model, check_sleep
     from shelf.config import Config, check_config, parse_args
     from shelf.data import read_prompts
     from shelf.folder import RunFolder
@@ -300,6 +299,8 @@ def score(policy, reference, mini_batches: list[list[dict]], config: Config) -> 
                 batch["ref_logprobs"] = proxy
         if reference is not None:
             batch["ref_logprobs"] = reference(batch)[0]
+    if hasattr(reference, "reshard"):
+        reference.reshard()  # the root, 2.5 GB for 8B, stays gathered after a forward pass
 
 
 def mask_by_the_whole_batch(mini_batches: list[list[dict]], config: Config) -> None:
@@ -431,7 +432,7 @@ def diagnose(history: list[dict[str, float]], mini_batches: int) -> dict[str, fl
         grad_norm=sum(norms) / len(norms) if norms else None,
         updates=len(norms),
         skipped_updates=len(history) - len(norms),
-        **(dict(memory_gib=torch.cuda.max_memory_allocated() / 2**30) if GPU else {}),
+        **(dict(memory_gib=memory.trainer_memory()) if GPU else {}),
     )
 
 
@@ -546,7 +547,7 @@ def load_inputs(config: Config):
     None; bad input is refused here. Rank 0 alone reads the data."""
     tokenizer, model_config = rollout.load_tokenizer(
         config.model, config.max_prompt_length, config.max_response_length)
-    check_model(config.model, model_config)
+    checks.check_model(config.model, model_config)
     judge = None
     if config.reward:
         judge = rollout.judge_by_function(config.reward, config.grade_timeout)
@@ -561,23 +562,18 @@ def build(config: Config, device: str, kernel: str, precision: torch.dtype | Non
     shards, sharded = config.shard_ranks, config.parallel == "fsdp"
     head = dict(temperature=config.temperature, head_chunk=config.head_chunk,
                 proxy_kappa=config.proxy_kappa, autocast=None if sharded else precision)
-    model = load_model(config.model, kernel, config.gradient_checkpointing)
+    model = load_model(config.model, kernel, config.recompute)
     needs_reference = bool(config.kl_coef and not config.proxy_kappa)
-    if device != "cpu":  # before it is moved there
-        held = sum(p.numel() for p in model.parameters())
-        held //= (shards or world_size()) if sharded else 1
-        card = torch.cuda.get_device_properties(0).total_memory
-        say(check_memory(held, needs_reference, config.gpu_memory, card))
-    policy = distribute(Policy(model, **head), config.parallel, device, precision, shards)
+    memory.engine_sizes(config, model)  # refuses what does not fit, before it is moved there
+    policy = distribute(Policy(model, **head), config.parallel, device, precision, shards,
+                        config.compile, config.offload)
     reference = None
     if needs_reference:
         reference = Policy(load_model(config.model, kernel).requires_grad_(False), **head)
-        if sharded:  # DDP refuses a model without gradients, and needs none
-            reference = distribute(reference, "fsdp", device, precision, shards)
-        reference = reference.to(device).float()
-    optimizer = torch.optim.AdamW(policy.parameters(), config.lr, (0.9, config.adam_beta2),
-                                  weight_decay=config.weight_decay)
-    optimizer.param_groups[0]["skipped"] = 0  # see step_or_skip
+        # DDP refuses a model without gradients, and needs none
+        reference = distribute(reference, "fsdp", device, precision, shards, config.compile,
+                               config.offload) if sharded else reference.to(device).float()
+    optimizer = adam(policy, config.lr, config.adam_beta2, config.weight_decay, device)
     return policy, model, reference, optimizer
 
 
@@ -616,13 +612,14 @@ def start_engine(config: Config, tokenizer, model, precision: torch.dtype | None
     """Return vLLM with the policy's weights; it answers the prompts to see that it can sleep."""
     say("starting vLLM")
     engine = rollout.Engine(
-        config.model, tokenizer, max_num_seqs=config.max_num_seqs, gpu_memory=config.gpu_memory,
-        max_model_len=config.max_prompt_length + config.max_response_length, seed=config.seed,
+        config.model, tokenizer, **memory.engine_sizes(config, model), seed=config.seed,
+        max_model_len=config.max_prompt_length + config.max_response_length,
         dtype=precision or torch.float32, template=config.template,
+        kv_cache_dtype=config.kv_cache_dtype,
     )
     if resumed:
         engine.sync(full_weights(model, precision))
-    check_sleep(engine, model, precision, prompts)
+    checks.check_sleep(engine, model, precision, prompts)
     return engine
 
 
@@ -676,10 +673,11 @@ def train(config: Config, run: RunFolder) -> None:
                 engine.sync(full_weights(model, precision))
             sampled = rollout_metrics(drawn, rewards_of(drawn, config), config.prompts_per_step)
             metrics = dict(step=step) | sampled | token_metrics(mini_batches) | diagnostics
-            run.log_step(metrics | seconds | rho | dict(lr=lr))
+            metrics |= dict(preemptions=engine.preemptions(), lr=lr)
+            run.log_step(metrics | seconds | rho)
             run.log_rollouts(step, drawn)
             run.log_tokens(step, groups, mini_batches, tokenizer)
-            check_agreement(metrics, precision)
+            checks.check_agreement(metrics, precision)
             stop = run.asked_to_stop()
             if stop or is_due(step + 1, config.save_every, config.steps):
                 checkpoints.save(step + 1, sampler.state() | dict(loss_scale=scaler.state_dict()))

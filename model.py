@@ -284,10 +284,10 @@ class Policy(nn.Module):
         return [x.clone() for x in padded]  # FSDP warns of views
 
 
-def load_model(path: str, kernel: str, checkpointing: bool = False) -> nn.Module:
+def load_model(path: str, kernel: str, recompute: int = 0) -> nn.Module:
     """Return the model on the CPU, in the dtype of its files. Dropout is off, so that the ratio of
-    an unchanged policy is 1. kernel: see attention_layout. Raises UsageError for what Policy would
-    compute wrongly."""
+    an unchanged policy is 1. kernel: see attention_layout; recompute: the backward pass computes
+    every N-th layer again, 0 none. Raises UsageError for what Policy would compute wrongly."""
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     # For a name that has no mask function transformers makes no mask, and reads no positions back
@@ -303,21 +303,26 @@ def load_model(path: str, kernel: str, checkpointing: bool = False) -> nn.Module
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
-    if checkpointing:
-        model.gradient_checkpointing_enable()
+    if recompute:
+        model.gradient_checkpointing_enable(every_n_layers=recompute)
     return model.train()
 
 
 def distribute(policy: Policy, parallel: str, device: str, precision: torch.dtype | None = None,
-               shard_ranks: int = 0):
+               shard_ranks: int = 0, compiled: bool = False, offload: bool = False):
     """Move the policy to the device, in float32 (bf16 weights would lose updates of 1e-6), and
     share it among the ranks: "fsdp" shards every layer (FSDP2), "ddp" replicates.
 
     precision: the dtype that FSDP computes in; its gradients are reduced in float32. shard_ranks:
-    how many ranks in a row hold one copy, those of a machine for example; 0 is all.
+    how many ranks in a row hold one copy, those of a machine for example; 0 is all. compiled: each
+    layer is. offload: weights, gradients and Adam stay on the host, under fsdp.
     """
-    if parallel == "fsdp" and (world_size() > 1 or device != "cpu" or precision):
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    decoder = policy.model.get_decoder()
+    layers = next(child for child in decoder.children() if isinstance(child, nn.ModuleList))
+    for layer in layers if compiled else ():
+        layer.compile()
+    if parallel == "fsdp" and (world_size() > 1 or device != "cpu" or precision or offload):
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
         shards = shard_ranks or world_size()
         shape, names = (world_size() // shards, shards), ("replicate", "shard")
@@ -327,14 +332,28 @@ def distribute(policy: Policy, parallel: str, device: str, precision: torch.dtyp
         options: dict = dict(mesh=mesh)
         if precision:
             options["mp_policy"] = MixedPrecisionPolicy(precision, reduce_dtype=torch.float32)
-        children = policy.model.get_decoder().children()
-        for layer in next(child for child in children if isinstance(child, nn.ModuleList)):
-            fully_shard(layer.to(device).float(), **options)  # a layer at a time: 32B is 131 GB
-        return fully_shard(policy.to(device).float(), **options)
+        if offload:
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=device != "cpu")
+        for layer in layers:
+            fully_shard(layer.float(), **options)  # moves a layer at a time: 32B is 131 GB
+        return fully_shard(policy.float(), **options)
     policy = policy.to(device).float()
     if world_size() > 1:
         return nn.parallel.DistributedDataParallel(policy)
     return policy
+
+
+def adam(policy, lr: float, beta2: float, weight_decay: float, device: str) -> torch.optim.AdamW:
+    """Return the optimiser. On a GPU it is the fused one, for the other has a temporary of 4 bytes
+    a parameter, and has its states already, so that vLLM sees what memory they leave."""
+    fused = device != "cpu"
+    optimizer = torch.optim.AdamW(policy.parameters(), lr, (0.9, beta2), weight_decay=weight_decay,
+                                  fused=fused)
+    for x in policy.parameters() if fused else ():
+        averages = dict(exp_avg=torch.zeros_like(x), exp_avg_sq=torch.zeros_like(x))
+        optimizer.state[x] = dict(step=torch.zeros((), device=x.device)) | averages
+    optimizer.param_groups[0]["skipped"] = 0  # see step_or_skip
+    return optimizer
 
 
 def full_weights(model: nn.Module, dtype=None) -> Iterator[tuple[str, torch.Tensor]]:

@@ -247,7 +247,7 @@ class Engine:
     @of_vllm("to start")
     def __init__(self, model: str, tokenizer, *, max_model_len: int, max_num_seqs: int = 256,
                  gpu_memory: float = 0.6, seed: int = 0, tensor_parallel: int = 1, dtype=None,
-                 template: str = "auto", sleeps: bool = True):
+                 template: str = "auto", sleeps: bool = True, kv_cache_dtype: str = "auto"):
         import torch
         from transformers import AutoConfig
 
@@ -268,7 +268,10 @@ class Engine:
             room = 64 * max_model_len * cache_bytes(config, 4)  # for 64 whole sequences
             device_options = dict(kv_cache_memory_bytes=int(np.clip(room, 256 << 20, 4 << 30)))
         else:
-            device_options = dict(gpu_memory_utilization=gpu_memory, enable_sleep_mode=sleeps)
+            # With all blocks given away, each new token of a full house throws a sequence out, to
+            # be computed again: a third of the tokens were (see tests/README.md)
+            device_options = dict(gpu_memory_utilization=gpu_memory, enable_sleep_mode=sleeps,
+                                  kv_cache_dtype=kv_cache_dtype, watermark=0.05)
         self.llm = LLM(
             model=model, seed=seed, dtype=dtype or (torch.float32 if self.cpu else torch.bfloat16),
             hf_overrides=dict(head_dtype="float32"),  # logits rounded to bf16 would be 0.1 off
@@ -281,12 +284,20 @@ class Engine:
             enforce_eager=self.cpu,
             logprobs_mode="processed_logprobs",  # "raw" would ignore the temperature
             generation_config="vllm",  # nothing but our own sampling parameters
-            disable_log_stats=True, use_tqdm_on_load=False, **device_options,
+            disable_log_stats=False, use_tqdm_on_load=False, **device_options,
         )  # fmt: skip
         self.max_model_len = max_model_len
         self.stop_ids = stop_token_ids(tokenizer, model, template)
         self.tensor_parallel, self.tied = tensor_parallel, config.tie_word_embeddings
-        self.asleep = False
+        self.asleep, self.preempted = False, 0
+
+    def preemptions(self) -> int:
+        """Return how many sequences lost their keys and values, for want of room, and had to be
+        computed again since the last call."""
+        before = self.preempted
+        found = (x.value for x in self.llm.get_metrics() if x.name == "vllm:num_preemptions")
+        self.preempted = sum(found)
+        return self.preempted - before
 
     def generate(
         self, prompts: list[Prompt], n: int, seeds: list[int], *, max_tokens: int,

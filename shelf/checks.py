@@ -1,5 +1,5 @@
-"""What the program checks about itself: that a model is one that can be trained here, that it fits
-into the GPUs, that vLLM survives a sleep, and that vLLM and the trainer stay the same model.
+"""What the program checks about itself: that a model is one that can be trained here, that vLLM
+survives a sleep, and that vLLM and the trainer stay the same model.
 """
 
 import torch
@@ -15,7 +15,6 @@ FAMILIES = dict(
     mistral="Mistral without window", smollm3="SmolLM3", olmo2="OLMo 2", glm4="GLM-4",
     starcoder2="StarCoder2 without window", gpt_neox="GPT-NeoX", gpt2="GPT-2",
 )  # fmt: skip
-CONTEXT = 5 << 30  # bytes, calculated: CUDA's context, NCCL's buffers, what a sleeping vLLM keeps
 SAME_ANSWER = 0.05  # nats; 16 bits and another batch move a log-prob by less
 SAME_POLICY = 1e-3  # |ratio - 1| without an update in between; usual is 0
 # Of |log p in vLLM - log p in the trainer|, a step's mean, in nats, by the 16 bits computed in
@@ -42,23 +41,6 @@ def check_model(name: str, config) -> None:
     if config.model_type not in FAMILIES:
         say(f"NOTE: a model of type {config.model_type} was never tried here; every step checks "
             "that vLLM and the trainer agree about it")
-
-
-def check_memory(parameters: int, reference: bool, gpu_memory: float, card: int) -> str:
-    """Return a line that says how a run fits into GPUs of `card` bytes, vLLM's share of which is
-    gpu_memory, by arithmetic; UsageError if it cannot. parameters: those that a rank holds."""
-    held = (16 if reference else 12) * parameters  # float32: weights, Adam's two states
-    update = held + 4 * parameters + CONTEXT  # and gradients; activations come on top
-    most = int(100 * (1 - (held + CONTEXT) / card)) / 100
-    states = (f"weights, Adam and gradients take {(update - CONTEXT) / 2**30:.1f} GiB of a GPU's "
-              f"{card / 2**30:.0f}")
-    if update > card:
-        raise UsageError(f"it does not fit: {states}, and CUDA needs about 5: take more GPUs "
-                         "(--parallel fsdp) or a smaller model")
-    if gpu_memory > most:
-        raise UsageError(f"it does not fit: {states}: lower --gpu_memory {gpu_memory} to at most "
-                         f"{max(most, 0):.2f}")
-    return f"{states}; --gpu_memory could be {most:.2f} (see --dry_run)"
 
 
 def check_sleep(engine: Engine, model: nn.Module, dtype: torch.dtype | None,

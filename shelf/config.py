@@ -70,8 +70,10 @@ class Config:
     max_prompt_length: int = rollouts(1024, "tokens; longer prompts are dropped [C]", low=1)
     max_response_length: int = rollouts(8192, "tokens [C]", low=1)
     temperature: float = rollouts(1.0, "of sampling, and of the trainer's log-probs [C]", above=0)
-    max_num_seqs: int = rollouts(256, "responses decoded at once by one engine", low=1, free=True)
-    gpu_memory: float = rollouts(0.6, "share of a GPU for vLLM", above=0, high=1, free=True)
+    max_num_seqs: int = rollouts(0, "responses an engine decodes at once, 0: by room", free=True)
+    gpu_memory: float = rollouts(0.0, "share of a GPU for vLLM, 0: what is left", high=1, free=True)
+    kv_cache_dtype: str = rollouts("auto", "of vLLM's keys and values; fp8: half the memory, but a "
+                                   "larger mismatch", ("auto", "fp8"))
 
     reward: str = adv("", "module:function(response, problem) instead of the built-in graders")
     advantage: str = adv("group", "group: GRPO's; raw: +1 / -1 (2506.01347)", ("group", "raw"))
@@ -109,7 +111,9 @@ class Config:
     shard_ranks: int = device(0, "ranks that share one copy of the states under fsdp, 0 = all")
     precision: str = device("auto", "auto: bf16 on a GPU, fp32 on a CPU; fp16 has a smaller "
                             "mismatch (2510.26788)", ("auto", "bf16", "fp16", "fp32"))
-    gradient_checkpointing: bool = device(True, "recompute activations in the backward", free=True)
+    recompute: int = device(1, "the backward recomputes every N-th layer, 0 = none", free=True)
+    compile: bool = device(False, "compile each layer (never run on a GPU)", free=True)
+    offload: bool = device(False, "weights and Adam stay on the host, under fsdp", free=True)
     head_chunk: int = device(1024, "tokens whose logits exist at one time", low=1, free=True)
 
     eval_every: int = log(20, "steps between evaluations, 0 = only before and after")
@@ -138,7 +142,7 @@ SETTINGS = {
         mini_batches=8, max_prompt_length=64, max_response_length=64, lr=1.5e-4, warmup_steps=5,
         adam_beta2=0.95, weight_decay=0.0, head_chunk=256, micro_batch_tokens=2048,
         eval_every=20, eval_n=4, eval_temperature=1.0, eval_top_p=1.0, save_every=0,
-        gradient_checkpointing=False, decay_rate=0.015, log_tokens=8,
+        recompute=0, decay_rate=0.015, log_tokens=8,
     ),
 }
 
@@ -243,6 +247,7 @@ def check_config(config: Config) -> None:
          f"the {world_size()} ranks"),
         (c.mini_batches <= c.prompts_per_step, f"--mini_batches {c.mini_batches}: give at most "
          f"--prompts_per_step ({c.prompts_per_step})"),
+        (c.parallel == "fsdp" or not c.offload, "--offload needs --parallel fsdp"),
         (c.kl_coef or not c.proxy_kappa, "--proxy_kappa needs a --kl_coef above 0"),
         (c.overlong_buffer < c.max_response_length, f"--overlong_buffer {c.overlong_buffer}: "
          f"give less than --max_response_length ({c.max_response_length})"),

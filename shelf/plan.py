@@ -30,13 +30,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import a3po
 import model
 from rollout import Prompt, Sample, cache_bytes
-from shelf.checks import CONTEXT, check_model
+from shelf.checks import check_model
+from shelf.memory import CONTEXT, GIB, engine_room
 from shelf.ranks import UsageError
 from shelf.report import plan_table
 from verify import Grade
 
-GIB = 2**30
-GRAPHS = 3 * GIB  # calculated: vLLM's activations and CUDA graphs
 NAMES = {  # what the trackers of FSDP and of one process call it
     "weights": ("sharded_param", "param"), "gradients": ("sharded_grad", "grad"),
     "Adam": ("opt",), "activations": ("act",), "temporary": ("temp",),
@@ -57,6 +56,7 @@ def measure(ranks: int, config: a3po.Config) -> dict:
     check_model(config.model, about)
     a3po.precision_of(config.precision, "cuda")  # refuses 32 bits; both kinds of 16 are one size
     sharded = config.parallel == "fsdp"
+    offload, config.offload = config.offload, False  # what is on the host is subtracted below
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     policy, inner, reference, optimizer = build(config, about, fake)
     tracker = FSDPMemTracker(policy, optimizer) if sharded else MemTracker()
@@ -69,7 +69,8 @@ def measure(ranks: int, config: a3po.Config) -> dict:
     # None to clip: DTensor derives the shapes of that from whole tensors, which would be counted
     watched.parameters = list
     with fake, Values():
-        batches = [full_batch(config) for _ in range(2)]
+        batches = [full_batch(config)[0] for _ in range(2)]
+        lengths = full_batch(config)[1]
         model.GPU = True
         with tracker:
             for n in (1, 2):  # in the second update Adam's averages exist, and gradients add up
@@ -85,11 +86,22 @@ def measure(ranks: int, config: a3po.Config) -> dict:
     buckets = 4 * parameters * (shards == 1 < ranks)
     held["gathered"] += buckets
     held["reference"] = 4 * parameters // shards if reference else 0
+    host = offload * sum(held[name] for name in ("weights", "gradients", "Adam", "reference"))
+    config.offload = offload
+    peak = found["total"] + buckets + held["reference"] - host
     return dict(
-        held=held, peak=found["total"] + buckets + held["reference"], parameters=parameters,
-        context=CONTEXT, tokens=len(batches[0]["ids"]), update_flops=flops.get_total_flops(),
-        setting=vars(config), kv_bytes=cache_bytes(about, 2),
+        held=held, host=host, peak=peak, parameters=parameters,
+        context=CONTEXT, tokens=len(batches[0]["ids"]), update_flops=count(flops, lengths),
+        config=config, kv_bytes=cache_bytes(about, 2),
     )
+
+
+def count(flops: FlopCounterMode, lengths: np.ndarray) -> float:
+    """Return the FLOPs with causal attention within sequences of these lengths: torch, which cannot
+    read them here, takes all for the longest, and each token to see all the others."""
+    share = (lengths**2).sum() / len(lengths) / lengths.max() ** 2 / 2
+    counts = flops.get_flop_counts()["Global"].items()
+    return sum(n * (share if "varlen" in str(operator) else 1) for operator, n in counts)
 
 
 def build(config: a3po.Config, about, fake: FakeTensorMode) -> tuple:
@@ -121,9 +133,9 @@ class Values(TorchFunctionMode):
         return result
 
 
-def full_batch(config: a3po.Config) -> dict:
+def full_batch(config: a3po.Config) -> tuple[dict, np.ndarray]:
     """Return a micro-batch of config.micro_batch_tokens tokens: a response of full length, others
-    of a quarter of it, to one prompt."""
+    of a quarter of it, to one prompt; and the lengths of its sequences."""
     prompt = Prompt(None, [1] * min(256, config.max_prompt_length))
     room, samples = max(config.micro_batch_tokens - len(prompt.ids), 1), []
     while room:
@@ -135,7 +147,7 @@ def full_batch(config: a3po.Config) -> dict:
     batch = model.collate(samples, "cpu", "varlen") | dict(trained=True)
     for name in ("old_logprobs", "entropy", "ref_logprobs")[: 3 if config.kl_coef else 2]:
         batch[name] = torch.zeros(batch["mask"].shape)
-    return batch
+    return batch, np.array([len(prompt.ids) + len(sample.ids) for sample in samples])
 
 
 def in_process(ranks: int, argv: list[str]) -> dict:
@@ -147,37 +159,53 @@ def in_process(ranks: int, argv: list[str]) -> dict:
 
 def problem(x: dict, gpu: int) -> str:
     """Return what does not fit into GPUs of so many bytes, or ""; add to x what follows for vLLM:
-    the `most` that --gpu_memory may be, and kv_tokens, its room for keys and values."""
-    c, held = x["setting"], x["held"]["weights"] + x["held"]["Adam"] + x["held"]["reference"]
-    x["most"] = max(0.01, math.floor(100 * (1 - (held + CONTEXT) / gpu)) / 100)
-    vllm = int(c["gpu_memory"] * gpu) - 2 * x["parameters"] - GRAPHS
-    x["kv_tokens"] = max(0, vllm) // x["kv_bytes"]
+    its share of a GPU, its room in kv_tokens, and its sequences."""
+    x |= dict(share=x["config"].gpu_memory, kv_tokens=0, sequences=0)
     if x["peak"] + CONTEXT > gpu:
         return f"the update takes {(x['peak'] + CONTEXT) / GIB:.1f} GiB a GPU"
-    if c["gpu_memory"] > x["most"]:
-        return f"--gpu_memory {c['gpu_memory']} leaves no room for weights and Adam"
-    if x["kv_tokens"] < c["max_prompt_length"] + c["max_response_length"]:
-        return f"vLLM has room for {x['kv_tokens']:,} tokens, less than one response"
+    states = x["held"]["weights"] + x["held"]["Adam"] + x["held"]["reference"]
+    held = 0 if x["config"].offload else states
+    try:
+        room = engine_room(x["config"], x["parameters"], x["kv_bytes"], held, gpu)
+    except UsageError as why:
+        return str(why).removeprefix("it does not fit: ")
+    x |= dict(zip(("share", "kv_tokens", "sequences"), room, strict=True))
     return ""
 
 
+def first_that_fits(tries: list, gpu: int, argv: list[str]) -> tuple:
+    """Return ranks and flags of the first of the tries that fits, and what it needs, or Nones."""
+    for ranks, flags in tries:
+        x = in_process(ranks, [*argv, *flags.split()])
+        if not problem(x, gpu):
+            return ranks, flags, x
+    return None, None, None
+
+
 def refusal(x: dict, gpu: int, ranks: int, argv: list[str]) -> str:
-    """Return why it does not fit, and with which flags it does, found by running them."""
-    what, c = problem(x, gpu), x["setting"]
-    states = 16 * x["parameters"] // ranks + CONTEXT
-    more = ranks * 2 ** max(1, math.ceil(math.log2(states / (0.6 * gpu))))
-    tries = [(more, ""), (2 * more, "")]
-    if states < gpu:
-        half = c["micro_batch_tokens"] // 2
-        tries.insert(0, (ranks, f"--micro_batch_tokens {half} --head_chunk 512"))
-    if c["parallel"] == "ddp":
-        tries.insert(0, (ranks, "--parallel fsdp"))
-    if x["peak"] + CONTEXT <= gpu:
-        tries = [(ranks, f"--gpu_memory {x['most']}")]
-    for other, flags in tries:
-        if not problem(in_process(other, [*argv, *flags.split()]), gpu):
-            return f"it does not fit: {what}; it fits with {flags or f'{other} GPUs'}"
-    return f"it does not fit: {what}; nothing that was tried helps"
+    """Return why it does not fit, and with which flags it does."""
+    what, c = problem(x, gpu), x["config"]
+    more = ranks * 2 ** max(1, math.ceil(math.log2((16 * x["parameters"] / ranks) / (0.5 * gpu))))
+    tries = [(ranks, "--parallel fsdp"),
+             (ranks, f"--micro_batch_tokens {c.micro_batch_tokens // 2} --head_chunk 512"),
+             (ranks, "--parallel fsdp --offload"), (more, ""), (2 * more, "")]
+    other, flags, _ = first_that_fits(tries[c.parallel == "fsdp" :], gpu, argv)
+    helps = f"it fits with {flags or f'{other} GPUs'}" if other else "nothing that was tried helps"
+    return f"it does not fit: {what}; {helps}"
+
+
+def fastest(x: dict, gpu: int, ranks: int, argv: list[str]) -> str:
+    """Say that it fits, and which flags that recompute less, if need be of fewer tokens at a time,
+    would fit too."""
+    c = x["config"]
+    fewer = min(c.micro_batch_tokens, c.max_prompt_length + c.max_response_length)
+    tries = [(ranks, f"--recompute {every} --micro_batch_tokens {tokens}")
+             for every in (0, 2) for tokens in (c.micro_batch_tokens, fewer)]
+    _, flags, y = first_that_fits(tries if c.recompute == 1 else [], gpu, argv)
+    if not y:
+        return "it fits"
+    share = y["update_flops"] / y["tokens"] / (x["update_flops"] / x["tokens"])
+    return f"it fits; with {1 - share:.0%} fewer FLOPs in the update so does {flags}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -196,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
         print(plan_table(measured, ranks, args.gpus, args.mean_length), flush=True)
         if why:
             raise UsageError(refusal(measured, gpu, ranks, flags))
-        print("it fits")
+        print(fastest(measured, gpu, ranks, flags))
     except UsageError as why:
         print(f"error: {why}", file=sys.stderr)
         sys.exit(2)

@@ -107,23 +107,24 @@ SPEEDS = dict(flops=990e12, update=0.4, score=0.4, generate=0.08)  # an H100's, 
 
 def plan_table(x: dict, ranks: int, gpus: int, mean: int) -> str:
     """Show what plan.measure found, and what follows for a step with responses of mean length."""
-    c, n, gb = x["setting"], x["parameters"], x["parameters"] / 1e9
+    c, n, gb = x["config"], x["parameters"], x["parameters"] / 1e9
     sizes = {name: size for name, size in x["held"].items() if size} | dict(together=x["peak"])
     parts = "\n".join(f"  {name:24}{size / 2**30:7.1f}" for name, size in sizes.items())
-    long = c["max_prompt_length"] + c["max_response_length"]
-    step = c["prompts_per_step"] * c["group_size"] * mean
+    long = c.max_prompt_length + c.max_response_length
+    step = c.prompts_per_step * c.group_size * mean
     update = x["update_flops"] / x["tokens"] * step
-    score = update / (4 if c["gradient_checkpointing"] else 3)
+    score = update / (3 + bool(c.recompute) / max(c.recompute, 1))
     speed = SPEEDS["flops"] * ranks
     times = ", ".join(
         f"{name} {flops:.1e} FLOP, {flops / speed / SPEEDS[name]:.0f} s at {SPEEDS[name]:.0%}"
         for name, flops in dict(generate=2 * n * step, update=update, score=score).items())
-    return f"""{c["model"]}: {gb:.2f}B parameters on {ranks} GPUs. An update's peak, GiB a GPU, \
-measured at {c["micro_batch_tokens"]} tokens:
+    host = f", of which {x['host'] / 2**30:.1f} on the host" if x["host"] else ""
+    return f"""{c.model}: {gb:.2f}B parameters on {ranks} GPUs. An update's peak, GiB a GPU, \
+measured at {c.micro_batch_tokens} tokens{host}:
 {parts}   beside about {x["context"] / 2**30:.0f} of CUDA, NCCL and the sleeping vLLM (calculated)
-vLLM at --gpu_memory {c["gpu_memory"]} (at most {x["most"]}): room for {x["kv_tokens"]:,} tokens, \
-{x["kv_tokens"] // (mean + 256)} sequences of mean or {x["kv_tokens"] // long} of full length \
-(calculated)
+vLLM with {x["share"]:.0%} of a GPU: room for {x["kv_tokens"]:,} tokens, \
+{x["kv_tokens"] // (mean + 256)} sequences of mean or {x["kv_tokens"] // long} of full length, \
+{x["sequences"]} at one time (calculated)
 A step of {step / 1e6:.1f}M tokens, calculated at {SPEEDS["flops"] / 1e12:.0f} TFLOP/s a GPU: \
 {times}
 GB: gathered for each forward and each backward {2 * gb:.1f}, reduced {4 * gb:.1f}, synced \

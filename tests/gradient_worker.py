@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch._dynamo
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
@@ -80,7 +81,8 @@ def measure(model: str, parallel: str, tokens: int, *flags: str, device: str = "
     metrics = a3po.update(policy, recorder, mini_batches, unclipped, rho)
     a3po.update(policy, optimizer, mini_batches, config, rho)
     weights = {name: tensor.clone() for name, tensor in policy_model.full_weights(inner)}
-    return dict(gradient=recorder.gradient, weights=weights, metrics=metrics)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]  # compiled
+    return dict(gradient=recorder.gradient, weights=weights, metrics=metrics, graphs=graphs)
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:

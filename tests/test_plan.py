@@ -5,10 +5,13 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from model_worker import make
 
+import model
 from shelf import plan
 from shelf.ranks import UsageError
 
@@ -85,28 +88,49 @@ def test_a_wrong_dtype_is_seen(broken, models, tmp_path):
     assert done.returncode == 1 and "AssertionError: " in done.stderr.splitlines()[-1]
 
 
+def test_attention_is_counted_causal_and_within_each_sequence():
+    """Packed sequences of unequal length cost what each costs alone."""
+    import torch.nn.attention.varlen  # which has the counter told of it
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    heads, size, found = 4, 16, []
+    for lengths in ([300, 7, 50], [300], [7], [50]):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            x = torch.zeros(1, heads, sum(lengths), size, dtype=torch.bfloat16, requires_grad=True)
+            bounds = np.cumsum([0, *lengths])
+            layout = model.attention_layout(np.arange(sum(lengths)), np.arange(sum(lengths)),
+                                            bounds, "varlen", "cpu")
+            with FlopCounterMode(display=False) as flops:
+                model.varlen_attention(None, x, x, x, None, **layout)
+        found.append(plan.count(flops, np.array(lengths)))
+        assert found[-1] == 4 * heads * size * sum(n**2 for n in lengths) / 2
+    assert found[0] == sum(found[1:])
+
+
 def test_what_does_not_fit_is_refused_with_what_does(measured, monkeypatch):
     """An 8B model on one GPU; then GPUs that hold the states but not the activations; then vLLM;
     then what nothing helps."""
     gpu = 80 * plan.GIB
     small = copy.deepcopy(measured)
     monkeypatch.setattr(plan, "in_process", lambda ranks, argv: tried.append((ranks, argv)) or (
-        small if ranks >= 4 or "--head_chunk" in argv or "--gpu_memory" in argv else x))
+        small if ranks >= 4 or ("--head_chunk" in argv and x["parameters"] < 2e9) else x))
     x = copy.deepcopy(measured) | dict(parameters=8_000_000_000, peak=int(16 * 8e9))
     tried = []
     assert "takes 124.2 GiB a GPU; it fits with 4 GPUs" in plan.refusal(x, gpu, 1, FLAGS)
-    assert tried == [(4, FLAGS)]
+    assert [(n, argv[len(FLAGS):][-1:]) for n, argv in tried] == [
+        (1, ["512"]), (1, ["--offload"]), (4, [])]
     x |= dict(parameters=1_000_000_000, peak=int(90e9))
     why = plan.refusal(x, gpu, 2, FLAGS)
     assert "; it fits with --micro_batch_tokens 256 --head_chunk 512" in why
-    assert tried[1:] == [(2, [*FLAGS, "--micro_batch_tokens", "256", "--head_chunk", "512"])]
+    assert tried[3:] == [(2, [*FLAGS, "--micro_batch_tokens", "256", "--head_chunk", "512"])]
     x = copy.deepcopy(measured)
-    x["setting"]["gpu_memory"] = 0.99
-    assert "--gpu_memory 0.99 leaves no room" in (why := plan.refusal(x, gpu, 8, FLAGS))
-    x["setting"]["gpu_memory"] = float(why.rpartition(" ")[2])
+    x["config"].gpu_memory = 0.99
+    assert "--gpu_memory 0.99 leaves no room" in (why := plan.problem(x, gpu))
+    x["config"].gpu_memory = float(why.rpartition(" ")[2])
     assert not plan.problem(x, gpu)
-    x["setting"] |= dict(gpu_memory=0.21, max_response_length=10**9)
-    assert "less than one response" in plan.problem(x, gpu)
+    x["config"].max_response_length = 10**9
+    assert "vLLM has room for" in plan.problem(x, gpu)
     assert plan.refusal(small, 1 << 30, 2, FLAGS).endswith("; nothing that was tried helps")
 
 
@@ -114,7 +138,7 @@ def test_under_ddp_sharding_is_tried_first(measured, monkeypatch):
     tried = []
     monkeypatch.setattr(plan, "in_process", lambda ranks, argv: tried.append(argv) or measured)
     x = copy.deepcopy(measured) | dict(peak=int(90e9))
-    x["setting"]["parallel"] = "ddp"
+    x["config"].parallel = "ddp"
     assert plan.refusal(x, 80 * plan.GIB, 2, FLAGS).endswith("it fits with --parallel fsdp")
     assert tried == [[*FLAGS, "--parallel", "fsdp"]]
 
@@ -124,7 +148,8 @@ def test_the_command_says_what_was_measured(measured, monkeypatch, capsys):
     plan.main(["--gpus=4", "--nodes=2"])
     out = capsys.readouterr().out
     assert "parameters on 8 GPUs" in out and "measured at 512 tokens:\n  weights" in out
-    assert "beside about 5 of CUDA" in out and out.endswith("\nit fits\n")
+    assert "beside about 5 of CUDA" in out
+    assert out.splitlines()[-1].startswith("it fits; with 0% fewer FLOPs in the update so does")
     with pytest.raises(SystemExit) as ended:
         plan.main(["--gpu_gb=1"])
     assert ended.value.code == 2

@@ -14,7 +14,7 @@ from conftest import ROOT, kill, run, start, wait_for
 import a3po
 import verify
 from rollout import Engine, Problem, Prompt, PromptSampler, Sample, is_live
-from shelf import checks
+from shelf import checks, memory
 from shelf.config import PRESETS, SETTINGS
 from shelf.metrics import describe, rollout_metrics, token_metrics
 from shelf.ranks import UsageError
@@ -373,37 +373,67 @@ def test_a_token_that_vllm_gives_no_chance_is_no_mismatch():
     assert token_metrics([[batch]])["mismatch_mean"] == 0.25
 
 
-def test_what_cannot_fit_into_a_gpu_is_refused_by_arithmetic():
-    """16 bytes a parameter that a rank holds (weights, gradients, Adam), and 5 GiB beside."""
-    GIB, n = 2**30, 10**9
-    assert checks.check_memory(n, False, 0.6, 80 * GIB) == (
-        "weights, Adam and gradients take 14.9 GiB of a GPU's 80; --gpu_memory could be 0.79 "
-        "(see --dry_run)")
-    checks.check_memory(n, False, 0.01, 5 * GIB + 16 * n)
-    for reference in (False, True):  # which is held too
+GIB = 2**30
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Pretend a GPU of so many GiB."""
+    def of(size):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_properties",
+                            lambda _: SimpleNamespace(total_memory=int(size * GIB)))
+    return of
+
+
+def sizes(parameters, *flags):
+    """Return what vLLM gets beside a model of Qwen3-8B's shape and so many parameters."""
+    about = SimpleNamespace(num_hidden_layers=36, num_key_value_heads=8, head_dim=128,
+                            num_attention_heads=32, hidden_size=4096)
+    weights = torch.empty(parameters, device="meta")
+    inner = SimpleNamespace(config=about, parameters=lambda: [weights])
+    return memory.engine_sizes(a3po.parse_args(["--setting=paper", *flags]), inner)
+
+
+def test_what_cannot_fit_into_a_gpu_is_refused_by_arithmetic(card):
+    """16 bytes a parameter that a rank holds (weights, gradients, Adam), 4 more with a reference,
+    and 5 GiB beside."""
+    small = ["--max_response_length=64", "--max_prompt_length=64", "--gpu_memory=0.05"]
+    for reference in (0, 1):
+        needed = 5 + (16 + 4 * reference) * 10**10 / GIB
+        card(needed - 0.01)
         with pytest.raises(UsageError, match="does not fit: .* take more GPUs"):
-            checks.check_memory(n, reference, 0.01, 5 * GIB + (16 + 4 * reference) * n - 1)
-    with pytest.raises(UsageError, match=r"lower --gpu_memory 0.6 to at most 0.32$"):
-        checks.check_memory(n, False, 0.6, 24 * GIB)
-    checks.check_memory(n, False, 0.32, 24 * GIB)
+            sizes(10**10, *small, f"--kl_coef={reference}")
+    card(80)
+    assert sizes(10**9)["gpu_memory"] == 0.76  # 0.79 are left
+    assert sizes(10**9, "--gpu_memory=0.79")["gpu_memory"] == 0.79
+    with pytest.raises(UsageError, match=r"--gpu_memory 0.8 leaves no room .* at most 0.79$"):
+        sizes(10**9, "--gpu_memory=0.8")
+    with pytest.raises(UsageError, match="vLLM has room for .* take more GPUs"):
+        sizes(3 * 10**9, "--gpu_memory=0.11")
+    assert sizes(8 * 10**9, "--offload")["gpu_memory"] == 0.9
+
+
+def test_sequences_follow_the_room(card):
+    seen = []
+    for size in (30, 80, 141, 200):
+        card(size)
+        seen.append(sizes(10**9)["max_num_seqs"])
+    assert 64 == seen[0] < seen[1] < seen[2] < 512 == seen[3]
+    assert sizes(10**9, "--max_num_seqs=17")["max_num_seqs"] == 17
 
 
 @pytest.mark.parametrize("flags, held", [
-    ([], 0.25), (["--shard_ranks=2"], 0.5), (["--parallel=ddp"], 1), (["--kl_coef=0.1"], 0.25)])
-def test_the_arithmetic_comes_before_the_weights_are_moved(flags, held, tiny_model, monkeypatch):
-    def seen(parameters, reference, gpu_memory, card):
-        assert (reference, gpu_memory, card) == ("--kl_coef=0.1" in flags, 0.5, 7)
-        raise UsageError(f"{parameters / whole}")
-
+    ([], 0.25), (["--shard_ranks=2"], 0.5), (["--parallel=ddp"], 1), (["--offload"], 0)])
+def test_the_arithmetic_comes_before_the_weights_are_moved(
+        flags, held, tiny_model, monkeypatch, card):
     whole = sum(p.numel() for p in a3po.load_model(tiny_model, "grids").parameters())
     monkeypatch.setenv("WORLD_SIZE", "4")
-    card = SimpleNamespace(total_memory=7)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    monkeypatch.setattr(a3po, "check_memory", seen)
     monkeypatch.setattr(a3po, "distribute", lambda *_: pytest.fail("moved"))
-    flags = ["--setting=demo", f"--model={tiny_model}", "--gpu_memory=0.5", *flags]
-    config = a3po.parse_args(flags)
-    with pytest.raises(UsageError, match=f"^{float(held)}"):
+    config = a3po.parse_args(["--setting=demo", f"--model={tiny_model}", *flags])
+    assert memory.states(config, whole) == (12 * int(held * whole), 16 * int(held * whole))
+    card(1)
+    with pytest.raises(UsageError, match="^it does not fit"):
         a3po.build(config, "cuda:0", "varlen", torch.bfloat16)
 
 

@@ -216,8 +216,9 @@ def by_two_ranks(tiny_model, tmp_path_factory) -> dict:
     names = [(case, split) for case, (_, splits) in CASES.items() for split in splits
              if split[0] == 2]
     jobs = [[tiny_model, *split[1:], *CASES[case][0]] for case, split in names]
-    names += ["overflow fsdp", "overflow ddp"]
+    names += ["overflow fsdp", "overflow ddp", "offload"]
     jobs += [[tiny_model, "fsdp"], [tiny_model, "ddp"]]
+    jobs += [[tiny_model, "fsdp", 60, *CASES["kl"][0], "--offload"]]
     results = on_ranks(2, tmp_path_factory.mktemp("two") / "results.pt", jobs)
     return dict(zip(names, results, strict=True))
 
@@ -248,6 +249,44 @@ def test_gradient_does_not_depend_on_micro_batches_or_ranks(case, tiny_model, by
             assert torch.allclose(weight, other["weights"][name], atol=2e-4), (split, name)
         for key, value in whole["metrics"].items():
             assert other["metrics"][key] == pytest.approx(value, rel=1e-4, abs=1e-5), (split, key)
+
+
+def check_same(one: dict, other: dict):
+    for name, gradient in one["gradient"].items():
+        assert (gradient - other["gradient"][name]).abs().max() <= 1e-5 * gradient.abs().max(), name
+    for name, weight in one["weights"].items():
+        assert torch.allclose(weight, other["weights"][name], atol=2e-4), name
+
+
+def test_states_on_the_host_change_nothing(tiny_model, by_two_ranks):
+    check_same(measure(tiny_model, "fsdp", 60, *CASES["kl"][0]), by_two_ranks["offload"])
+
+
+@pytest.mark.slow
+def test_compiled_layers_change_nothing(tmp_path, tiny_model):
+    jobs = [[tiny_model, "fsdp", 60, f"--recompute={every}", "--compile"] for every in (0, 1)]
+    for compiled in on_ranks(2, tmp_path / "two.pt", jobs):
+        check_same(measure(tiny_model, "fsdp", 60), compiled)
+        assert compiled["graphs"] > 0
+
+
+def test_adam_with_its_states_from_the_start_takes_the_same_steps():
+    """As on a GPU, against torch's own, whose states come with the first step."""
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Linear(7, 5), torch.nn.Linear(7, 5))
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = policy_model.adam(ours, 1e-2, 0.95, 0.1, "cuda")
+    assert len(optimizer.state) == 2
+    lazy = torch.optim.AdamW(theirs.parameters(), 1e-2, (0.9, 0.95), weight_decay=0.1, fused=True)
+    for _ in range(3):
+        x = torch.randn(4, 7)
+        for model, adam in ((ours, optimizer), (theirs, lazy)):
+            model(x).square().sum().backward()
+            adam.step()
+            adam.zero_grad()
+    assert torch.equal(ours.weight, theirs.weight)
+    for a, b in zip(optimizer.state.values(), lazy.state.values(), strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
 
 
 @pytest.mark.slow
@@ -376,12 +415,14 @@ def test_untied_heads_get_a_gradient(tmp_path):
     assert recorder.gradient["lm_head.weight"].abs().max() > 0
 
 
-def test_gradient_checkpointing_changes_nothing(tiny_model):
+def test_recomputing_changes_nothing(tiny_model):
     gradients = []
-    for flag in ("--gradient_checkpointing", "--no-gradient_checkpointing"):
-        config, policy, inner = build(tiny_model, flag)
+    for every, layers in ((0, []), (1, [True, True]), (2, [True, False])):
+        config, policy, inner = build(tiny_model, f"--recompute={every}")
+        again = [layer.gradient_checkpointing for layer in inner.get_decoder().layers]
+        assert again == (layers or [False, False])
         gradients.append(gradient_of(config, policy, inner, scored(config, policy)))
-    assert torch.allclose(*gradients)
+    assert torch.allclose(gradients[0], gradients[1]) and torch.equal(*gradients[1:])
 
 
 def test_proxy_is_the_renormalised_distribution():

@@ -5,7 +5,7 @@
     python tests/tools/gpu_check.py                                             a CPU: the demo, toy
 
 Each precision trains three steps as a3po.py does, in processes of its own; other flags go to it.
-Once more with compiled layers, which a3po.py has no option for. That weights reach vLLM, and that
+Once more with compiled layers. That weights reach vLLM, and that
 it wakes up as it fell asleep, is checked by each run itself. Never run on a GPU.
 """
 
@@ -22,11 +22,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-import a3po  # noqa: E402
 import model  # noqa: E402
 from rollout import Prompt, Sample  # noqa: E402
 from shelf import plan, report  # noqa: E402
-from shelf.ranks import leave  # noqa: E402
 from verify import Grade  # noqa: E402
 
 GPU = torch.cuda.is_available()
@@ -65,26 +63,10 @@ def check_attention() -> None:
          worst < 3e-2)
 
 
-def compiled(argv: list[str]) -> None:
-    """Train with each layer compiled."""
-    load = a3po.load_model
-
-    def load_and_compile(*args):
-        loaded = load(*args)
-        children = loaded.get_decoder().children()
-        for layer in next(child for child in children if isinstance(child, torch.nn.ModuleList)):
-            layer.compile()
-        return loaded
-
-    a3po.load_model = load_and_compile
-    a3po.main(argv)
-    leave()
-
-
-def train(precision: str, ranks: int, flags: list[str], folder: Path, script: list) -> list[dict]:
+def train(precision: str, ranks: int, flags: list[str], folder: Path) -> list[dict]:
     """Return the steps' metrics; a run that fails has said why."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *(launcher if ranks > 1 else []), *script, *flags,
+    command = [sys.executable, *(launcher if ranks > 1 else []), "a3po.py", *flags,
                f"--precision={precision}", f"--output_dir={folder}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -126,8 +108,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=1)
-    if sys.argv[1:2] == ["compiled"]:
-        return compiled(sys.argv[2:])
     args, flags = parser.parse_known_args()
     flags = [f"--setting={'paper' if GPU else 'demo'}", *SMALL, *flags]
     device = torch.cuda.get_device_name() if GPU else "CPU: toy figures, none of them a speed"
@@ -137,9 +117,9 @@ def main() -> None:
     check_attention()
     for how in ("bf16", "bf16 compiled", "fp16") if GPU else ("fp32", "fp16", "bf16 compiled"):
         precision, _, compile = how.partition(" ")
-        script = ["tests/tools/gpu_check.py", "compiled"] if compile else ["a3po.py"]
+        more = ["--compile"] * bool(compile)
         with tempfile.TemporaryDirectory() as folder:
-            if steps := train(precision, args.ranks, flags, Path(folder) / "run", script):
+            if steps := train(precision, args.ranks, [*flags, *more], Path(folder) / "run"):
                 check(how, args.ranks, steps, planned)
 
 
