@@ -25,20 +25,17 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 TORCHRUN=${TORCHRUN:-.venv/bin/torchrun}
-GPUS=${GPUS:-8}                    # must divide 512; 4 x 80 GB: GPU_MEMORY=0.5 (calculated)
+GPUS=${GPUS:-8}                    # must divide 512
 MODEL=${MODEL:-Qwen/Qwen3-8B-Base}
 METHOD=${METHOD:-a3po}
 SEED=${SEED:-0}
 STEPS=${STEPS:-300}
 DECAY_RATE=${DECAY_RATE:-0.005}    # rho goes from 2 to 1 in 1 / DECAY_RATE steps: 200 of the 300
 RESPONSE=${RESPONSE:-8192}         # the authors' scripts; one of them has 16384
-# vLLM's share of each GPU while the trainer is idle. A token of Qwen3-8B takes 147 kB of KV cache:
-# at the default 0.6 there is room for 218,000 tokens, and 256 answers of ordinary length want
-# about 350,000, so vLLM would interrupt some and compute them again. 0.75 is safe by calculation:
-# 64 GB + 12.3 of weights and Adam + 4 = 80 of 85. Too high a value does not fail at start but at
-# the first wake-up after an update, when Adam's averages exist: step 1 below shows it. On 141 GB:
-# 0.85.
-GPU_MEMORY=${GPU_MEMORY:-0.75}
+# vLLM gets of each GPU what the trainer's states leave: 0.76 of 80 GB, room for 310,000 tokens,
+# where 256 answers of ordinary length want about 350,000 (calculated). What has to be interrupted
+# and computed again is counted: `preemptions` in metrics.jsonl. --kv_cache_dtype fp8 doubles the
+# room, at the price of a larger mismatch.
 OUT=${OUT:-runs/eight_gpus}        # with two machines: on a file system that both see
 BENCHMARKS=${BENCHMARKS:-aime24,aime25,math500,gpqa,livecodebench}
 [ -x "$TORCHRUN" ] || bash run.sh install
@@ -57,14 +54,14 @@ nvidia-smi --query-gpu=name,memory.total,memory.used --format=csv   # all there,
 #    - mismatch_mean: 1e-2 is usual in bfloat16. Above 0.1, or ten times more at step 1 than at step
 #      0: the new weights did not arrive in vLLM. Stop, and do not trust anything after it.
 #    - nvidia-smi in another terminal: the most memory used in each phase.
-#    Out of memory while generating or waking: GPU_MEMORY=0.6. In the update: add
+#    Out of memory while generating or waking: --gpu_memory 0.6. In the update: add
 #    --micro_batch_tokens 8192, then --head_chunk 512; training peaks at 32 GB + context, NCCL and
 #    the sleeping vLLM, 5 to 7 GB (calculated), so there should be room.
 if [ ! -e "$OUT/trial/summary.md" ]; then    # once: not again when this script is started again
   rm -rf "$OUT/trial"
   "$TORCHRUN" --standalone --nproc_per_node "$GPUS" a3po.py --setting paper --preset "$METHOD" \
       --model "$MODEL" --steps 2 --prompts_per_step 64 --mini_batches 2 \
-      --max_response_length "$RESPONSE" --gpu_memory "$GPU_MEMORY" --eval_limit 16 --eval_n 1 \
+      --max_response_length "$RESPONSE" --eval_limit 16 --eval_n 1 \
       --save_every 0 --output_dir "$OUT/trial"
   rm -rf "$OUT/trial/checkpoints"            # 114 GB, calculated
 fi
@@ -95,7 +92,7 @@ fi
 #    While it runs:  python eval.py plot runs/eight_gpus/a3po
 "$TORCHRUN" --standalone --nproc_per_node "$GPUS" a3po.py --setting paper --preset "$METHOD" \
     --model "$MODEL" --seed "$SEED" --steps "$STEPS" --decay_rate "$DECAY_RATE" \
-    --max_response_length "$RESPONSE" --gpu_memory "$GPU_MEMORY" --save_every 25 \
+    --max_response_length "$RESPONSE" --save_every 25 \
     --output_dir "$OUT/$METHOD-$SEED" --resume auto
 # Two machines of eight: recipes/slurm_2x8.sh.
 

@@ -12,8 +12,10 @@
 #
 # Why not 8B? Training keeps 16 bytes a parameter: weights, gradients and Adam's two averages in
 # float32 (in bfloat16, updates of 1e-6 would be lost). 8.2 billion parameters are 131 GB. That is
-# eight GPUs' work (recipes/eight_gpus.sh). By the same sum, on one 80 GB card about 3 billion
-# parameters are the most; on 24 GB, Qwen3-0.6B-Base with --gpu_memory 0.4 (calculated).
+# eight GPUs' work (recipes/eight_gpus.sh). By the same sum, on one 80 GB card about 4 billion
+# parameters are the most; on 24 GB, Qwen3-0.6B-Base (calculated). With --offload weights, gradients
+# and Adam stay in the host's memory, and 8B trains on one card of 80 GB with 131 GB beside it; each
+# update then moves 33 GB each way and runs Adam on the CPU: tens of seconds (on paper).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -39,9 +41,9 @@ OUT=${OUT:-runs/one_gpu}
 #      above 0.1, or grows from step 0 to step 1, weights do not arrive: stop here.
 #    - the reward: near 0 means the data is too hard for the model, near 1 too easy. Dynamic
 #      sampling draws up to three times more prompts to fill the batch (dead_groups).
-#    Memory, calculated, of 85 GB (a card sold as 80): while vLLM generates, its 51 (0.6 of the
-#    card) + weights and Adam 20.6 + about 4 of CUDA context and buffers = 76, so leave
-#    --gpu_memory at its default. Training: states 27.5, then activations and logits.
+#    Memory, calculated, of 85 GB (a card sold as 80): weights and Adam 20.6, about 5 of CUDA
+#    context and buffers, and vLLM has the rest, less 3 %. Training: states 27.5, then activations
+#    and logits.
 #    Out of memory? While generating: lower --gpu_memory. In the update: --micro_batch_tokens 8192,
 #    then --head_chunk 512. Neither changes results.
 if [ ! -e "$OUT/trial/summary.md" ]; then    # once: not again when this script is started again

@@ -55,13 +55,17 @@ fi
 
 # -----------------------------------------------------------------------------
 # 1. Where they meet, and what they talk over.
-#    NCCL chooses its network by itself. If it takes a slow one (NCCL_DEBUG=INFO says which, at the
-#    start of the log), name the right ones:
-#      export NCCL_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5
+#    NCCL (tensors) and gloo (objects) choose their networks by themselves. If NCCL takes a slow one
+#    (NCCL_DEBUG=INFO says which, at the start of the log), or gloo the loopback, so that the start
+#    hangs, name the right ones:
+#      export NCCL_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5 GLOO_SOCKET_IFNAME=ib0
 HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -1)
-export HF_HOME=${HF_HOME:-$PWD/.cache/huggingface}   # one download for both, before the run:
-#      hf download Qwen/Qwen3-8B-Base; hf download --repo-type dataset BytedTsinghua-SIA/DAPO-Math-17k
-#    and then, so that sixteen ranks do not ask the hub at every start:
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # which srun does not inherit: else all share a core
+export TRITON_CACHE_DIR=/tmp/$USER/triton VLLM_CACHE_ROOT=/tmp/$USER/vllm  # on a local disk
+export HF_HOME=${HF_HOME:-$PWD/.cache/huggingface}  # one download for both, before the run:
+#      .venv/bin/python a3po.py --setting paper --check && hf download Qwen/Qwen3-8B-Base
+#    (the check makes of the data set what can be read offline, which hf download does not), and
+#    then, so that sixteen ranks do not ask the hub at every start:
 #      export HF_HUB_OFFLINE=1
 
 # -----------------------------------------------------------------------------
@@ -77,7 +81,7 @@ trap again USR1
 # -----------------------------------------------------------------------------
 # 3. Training: one torchrun a machine, eight ranks each, the flags of recipes/eight_gpus.sh.
 #    Each GPU has a copy of vLLM and a sixteenth of the prompts (512 / 16 = 32); weights, gradients
-#    and Adam are sharded over all sixteen, 8.2 GB a GPU (calculated), so vLLM may have more: 0.8.
+#    and Adam are sharded over all sixteen, 8.2 GB a GPU (calculated); vLLM has what they leave.
 #    --resume auto       the newest checkpoint, or step 0 where there is none: the same command for
 #                        the first start and for every one after it, on any number of ranks.
 #    --save_every 25     what a lost machine costs at most. A checkpoint is 16 GB, and the newest
@@ -88,7 +92,7 @@ trap again USR1
 #    An error on the second machine is in this log too, prefixed by its rank.
 srun --kill-on-bad-exit=1 "$TORCHRUN" --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d \
     --rdzv_endpoint "$HOST:$PORT" --rdzv_id "$SLURM_JOB_ID" a3po.py --setting paper \
-    --preset "$METHOD" --seed "$SEED" --gpu_memory 0.8 --save_every "$SAVE_EVERY" \
+    --preset "$METHOD" --seed "$SEED" --save_every "$SAVE_EVERY" \
     --output_dir "$OUT" --resume auto &
 RUN=$!
 wait "$RUN"
