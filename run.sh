@@ -23,6 +23,12 @@ say() {  # bold on a terminal
 
 gpus() { { nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l; }
 
+visible_gpus() {  # those that CUDA_VISIBLE_DEVICES lists, if it is set
+  if [ -z "${CUDA_VISIBLE_DEVICES+set}" ]; then gpus; else
+    tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^ ]' || true
+  fi
+}
+
 install() {
   [ "$(uname)" = Linux ] || { echo "error: vLLM and the sandbox need Linux: use WSL2 or a" \
     "container (the loss alone needs torch only: python -c 'import a3po')" >&2; exit 2; }
@@ -89,12 +95,14 @@ case $command in
   test)
     install
     say "tests"
-    # of two -m the last counts; loadfile: what a file's tests share is made once
-    "$VENV/bin/python" -m pytest -q -n 2 --dist loadfile -m "not slow" tests "$@"
+    # of two -m the last counts; loadfile: what a file's tests share is made once; on the CPU, for
+    # the tests compare what only that repeats bit by bit
+    CUDA_VISIBLE_DEVICES='' "$VENV/bin/python" -m pytest -q -n 2 --dist loadfile -m "not slow" tests "$@"
     ;;
   train)
-    n=$(gpus)
-    [ "$n" -gt 0 ] || { echo "error: no NVIDIA GPU found; try bash run.sh demo" >&2; exit 2; }
+    n=$(visible_gpus)
+    [ "$n" -gt 0 ] || { echo "error: no NVIDIA GPU found${CUDA_VISIBLE_DEVICES+ in\
+ CUDA_VISIBLE_DEVICES=}${CUDA_VISIBLE_DEVICES-}; try bash run.sh demo" >&2; exit 2; }
     install
     say "A3PO in the paper's setting on ${n} GPU(s)"
     # A mistake is found here in one process: under torchrun its sentence drowns in reports
