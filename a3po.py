@@ -65,6 +65,7 @@ try:
     from shelf.folder import RunFolder
     from shelf.metrics import rollout_metrics, token_metrics
     from shelf.ranks import UsageError, accumulate, rank, reduce_over_ranks, say, timed, world_size
+    from shelf.report import show_example
     from verify import Graders
 except ModuleNotFoundError as missing:  # the loss needs torch alone, on any system
     if __name__ == "__main__":
@@ -659,7 +660,7 @@ def train(config: Config, run: RunFolder) -> None:
             set_advantages(groups, config)
             engine.sleep()
             if step == start:
-                rollout.show_example(drawn[0][0], tokenizer)
+                show_example(drawn[0][0], tokenizer)
             # Score: what the policy that sampled says of each token, before it changes
             with timed(seconds, "score"):
                 mini_batches = make_batches(groups, config, step, device, kernel)

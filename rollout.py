@@ -5,7 +5,6 @@ Training and evaluation read the same data formats and use the same template, en
 vLLM is imported only when an `Engine` is built.
 """
 
-import contextlib
 import hashlib
 import importlib
 import logging
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from shelf.ranks import UsageError, rank, say, timed, world_size
+from shelf.ranks import UsageError, of_vllm, rank, say, timed, world_size
 from verify import Grade, Graders
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -221,19 +220,6 @@ def stop_token_ids(tokenizer, model: str, template: str = "auto") -> list[int]:
         after = tokenizer(text.rpartition("ANSWER")[2].strip(), add_special_tokens=False).input_ids
         ids += [i for i in after[:1] if i in tokenizer.added_tokens_decoder]
     return sorted({i for i in [tokenizer.eos_token_id, *ids] if i is not None})
-
-
-@contextlib.contextmanager
-def of_vllm(doing: str):
-    """Turn whatever vLLM raises in the block into a UsageError."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as why:
-        said = (str(why).strip() or "no message").splitlines()[-1][:300]
-        raise UsageError(f"vLLM failed {doing} ({type(why).__name__}: {said}). If it lacks memory, "
-                         "lower --max_num_seqs or --gpu_memory") from why
 
 
 class Engine:
@@ -463,13 +449,3 @@ def empty_sample() -> Sample:
     """Return a response without tokens, for a rank that has none left."""
     return Sample(Prompt(None, [0]), np.empty(0, np.int32), np.empty(0, np.float32), "stop",
                   grade=Grade(False, None))
-
-
-def show_example(sample: Sample, tokenizer) -> None:
-    """Print one response with its mask, to see the template and where the loss applies."""
-    ids, grade, reference = sample.ids.tolist(), sample.grade, sample.prompt.problem.reference
-    say(f"--- one example: {len(sample.prompt.ids)} prompt tokens (mask 0), {len(ids)} response "
-        f"tokens (mask 1), finish reason {sample.finish_reason}\n"
-        f"[0] {tokenizer.decode(sample.prompt.ids)!r}\n[1] {tokenizer.decode(ids)!r}\n"
-        f"    extracted {grade.extracted!r}, reference {str(reference)[:200]!r}: "
-        f"{'correct' if grade.correct else 'incorrect'} ({grade.status})\n---")

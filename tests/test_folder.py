@@ -20,11 +20,12 @@ from test_eval import TRAINED, lines, records
 
 import a3po
 import eval as evaluation
-from rollout import Problem, Prompt, Sample, load_tokenizer, show_example
+from rollout import Problem, Prompt, Sample, load_tokenizer
 from shelf.checkpoints import Checkpoints
 from shelf.config import Config
 from shelf.folder import RunFolder, all_see
 from shelf.ranks import UsageError
+from shelf.report import show_example
 from verify import Grade
 
 
