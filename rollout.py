@@ -83,6 +83,11 @@ def load_tokenizer(model: str, max_prompt_length: int, max_response_length: int)
     return tokenizer, config
 
 
+def uses_chat(tokenizer, template: str) -> bool:
+    """Return whether prompts are chats; "auto": where the tokenizer has a chat template."""
+    return template == "chat" or (template == "auto" and bool(tokenizer.chat_template))
+
+
 def format_prompt(
     problem: str, tokenizer, template: str = "auto", kind: str = "math", turns: Iterable = ()
 ) -> str:
@@ -91,13 +96,11 @@ def format_prompt(
     is the end of a line. turns: chat messages before the problem; their text stands before it
     where there is no chat."""
     instruction = INSTRUCTIONS[kind]
-    if template == "auto":
-        template = "chat" if tokenizer.chat_template else "plain"
-    if template == "chat":
+    if uses_chat(tokenizer, template):
         message = {"role": "user", "content": f"{problem}\n{instruction}"}
         messages = [*turns, message]
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if template == "plain":
+    if template in ("auto", "plain"):
         template = PLAIN_TEMPLATE.replace(INSTRUCTION, instruction)
     before = "".join(f"{turn['content']}\n\n" for turn in turns)
     return before + template.replace("\\n", "\n").replace("{problem}", problem)
@@ -116,10 +119,11 @@ def encode_prompts(
 ) -> list[Prompt]:
     """Tokenise the problems; drop those longer than max_prompt_length tokens, and say how many."""
     check_template(tokenizer, template)
+    # A chat template writes its own BOS; before a text comes what the tokenizer puts there.
+    start = [] if uses_chat(tokenizer, template) else ids_before(problems[0].text, tokenizer)
+    template = template.removeprefix("".join(tokenizer.convert_ids_to_tokens(start)))
     texts = [format_prompt(p.text, tokenizer, template, p.kind, p.turns) for p in problems]
-    # A chat template writes its own BOS; the plain form needs the tokenizer's.
-    special = template == "plain" or (template == "auto" and not tokenizer.chat_template)
-    ids = tokenizer(texts, add_special_tokens=special).input_ids
+    ids = [start + rest for rest in tokenizer(texts, add_special_tokens=False).input_ids]
     after = [text.rpartition(p.text)[2] for p, text in zip(problems, texts, strict=True)]
     openings = ["<think>" * ("<think>" in x.rpartition("</think>")[2]) for x in after]
     prompts = [Prompt(*prompt) for prompt in zip(problems, ids, openings, strict=True)]
@@ -131,6 +135,14 @@ def encode_prompts(
         raise UsageError(f"no prompt has at most {max_prompt_length} tokens: "
                          "raise --max_prompt_length")
     return kept
+
+
+def ids_before(text: str, tokenizer) -> list[int]:
+    """Return what the tokenizer puts before any text: BOS or nothing, for GLM two tokens. The EOS
+    that some put behind it is no part of a prompt."""
+    all_ids, ids = (tokenizer([text], add_special_tokens=x).input_ids[0] for x in (True, False))
+    places = [i for i in range(len(all_ids)) if all_ids[i : i + len(ids)] == ids]
+    return all_ids[: min(places, default=0)]
 
 
 class PromptSampler:
@@ -214,7 +226,7 @@ def stop_token_ids(tokenizer, model: str, template: str = "auto") -> list[int]:
     except OSError:  # the file is optional
         ids = None
     ids = ids if isinstance(ids, list) else [ids]
-    if tokenizer.chat_template and template in ("auto", "chat"):
+    if uses_chat(tokenizer, template):
         turns = [dict(role="user", content="?"), dict(role="assistant", content="ANSWER")]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
         after = tokenizer(text.rpartition("ANSWER")[2].strip(), add_special_tokens=False).input_ids

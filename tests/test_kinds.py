@@ -126,6 +126,9 @@ class Tokenizer:
 
         return SimpleNamespace(input_ids=[[ord(c) for c in text] for text in texts])
 
+    def convert_ids_to_tokens(self, ids):
+        return list(map(chr, ids))
+
 
 def test_each_kind_is_asked_in_its_own_words(tmp_path):
     problems = load(tmp_path, MATH, CHOICE, CODE)

@@ -1,0 +1,84 @@
+"""The tokens of a prompt and the text of a response, with small tokenizers as the families have."""
+
+import json
+
+import pytest
+from conftest import ROOT
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer
+
+import rollout
+from rollout import Problem
+
+MARKS = ["<think>", "</think>", "<|end|>", "<pad>", "<tool>"]  # special tokens of every tokenizer
+WORDS = [f"Q: What is 1+1?\nA: 2\n{rollout.INSTRUCTION} 3456789 system user Be brief."]
+
+
+def make_tokenizer(folder, before=(), after=(), eos="</s>", of="PreTrainedTokenizerFast", **config):
+    """Return a real tokenizer that puts `before` and `after` around a text. With a class of Llama's
+    or Gemma's it is of SentencePiece's form, else of bytes."""
+    special = list(dict.fromkeys([*before, *after, eos, "<unk>", *MARKS]))
+    if of == "PreTrainedTokenizerFast":
+        made, extra = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False,
+                                      initial_alphabet=extra)
+    else:
+        made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        made.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        made.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+             decoders.Strip(" ", 1, 0)])
+        extra = [f"<0x{i:02X}>" for i in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special + extra,
+                                      show_progress=False)
+    made.train_from_iterator(WORDS, trainer)
+    around = [(token, made.token_to_id(token)) for token in [*before, *after]]
+    form = " ".join([*before, "$A", *after])
+    made.post_processor = processors.TemplateProcessing(single=form, special_tokens=around)
+    made.save(str(folder / "tokenizer.json"))
+    names = dict(bos_token=before[-1] if before else None, eos_token=eos, unk_token="<unk>",
+                 pad_token="<pad>", extra_special_tokens=MARKS)
+    about = names | dict(tokenizer_class=of) | config
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+LLAMA = dict(of="LlamaTokenizer", before=["<s>"])
+KINDS = {  # of tokenizers: how one is made, and what it puts before a text
+    "Llama 2": (LLAMA | dict(add_bos_token=True), ["<s>"]),
+    "Llama 3": (dict(before=["<|begin|>"]), ["<|begin|>"]),
+    "Gemma": (dict(of="GemmaTokenizer", before=["<bos>"], eos="<eos>", add_bos_token=True),
+              ["<bos>"]),
+    "Mistral": (LLAMA | dict(of="LlamaTokenizerFast", add_bos_token=True), ["<s>"]),
+    "GLM": (dict(before=["[gMASK]", "<sop>"], eos="<|endoftext|>"), ["[gMASK]", "<sop>"]),
+    "Qwen": (dict(), []),
+    "both": (LLAMA | dict(after=["</s>"], add_bos_token=True, add_eos_token=True), ["<s>"]),
+    "both, of bytes": (dict(before=["<s>"], after=["</s>"]), ["<s>"]),
+    "EOS alone": (dict(after=["</s>"]), []),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_text_gets_what_the_tokenizer_puts_before_one_once_and_no_eos(name, tmp_path):
+    made, before = KINDS[name]
+    tokenizer = make_tokenizer(tmp_path, **made)
+    marked = tokenizer("Q: 1+1?\nA:").input_ids  # as the base always saw it
+    start = tokenizer.convert_tokens_to_ids(before)
+    assert marked[: len(start)] == start
+    problems = [Problem("1", "1+1?", "2"), Problem("2", "".join(before) + "1", "1"),
+                Problem("3", "2+2", "4", turns=[dict(role="system", content="Be brief.")])]
+    for template in (r"Q: {problem}\nA:", "".join(before) + r"Q: {problem}\nA:", "plain", "auto"):
+        prompts = rollout.encode_prompts(problems, tokenizer, template, 999)
+        for prompt in prompts:
+            text = tokenizer.decode(prompt.ids[len(start) :])
+            assert prompt.ids[: len(start)] == start and prompt.ids[-1] != tokenizer.eos_token_id
+            assert prompt.problem.id == "2" or not any(token in text for token in before)
+        if "A:" in template:
+            assert prompts[0].ids == marked[: len(prompts[0].ids)]
+    tokenizer.chat_template = "{{ bos_token }}<user>{{ messages[0].content }}<assistant>"
+    [chat] = rollout.encode_prompts(problems[:1], tokenizer, "chat", 999)
+    text = rollout.format_prompt("1+1?", tokenizer, "chat")  # has its own
+    assert chat.ids == tokenizer(text, add_special_tokens=False).input_ids
