@@ -412,13 +412,15 @@ def sample(
     complete: list[int] = []  # prompts with n responses, whose grades may be missing
     responses = engine.generate([prompts[p] for p in mine], n, [seeds[p] for p in mine], **sampling)
     hidden = not progress or rank() != 0 or None  # None: shown on a terminal only
+    # Other special tokens are read by the graders: in some models <think> is one
+    unread = {*engine.stop_ids, tokenizer.pad_token_id, tokenizer.bos_token_id}
     with timed(seconds, "generate"):
         for i, response in tqdm(responses, progress, len(mine) * n, leave=False, disable=hidden,
                                 delay=2):
             if rank() % engine.tensor_parallel:
                 continue
             p = mine[i // n]
-            text = tokenizer.decode(response.ids, skip_special_tokens=True)
+            text = tokenizer.decode([i for i in response.ids.tolist() if i not in unread])
             response.text = prompts[p].opening + text
             parts[p].append((i % n, response, judge(prompts[p].problem, response.text)))
             if len(parts[p]) == n:

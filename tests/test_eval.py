@@ -248,6 +248,7 @@ class Script:
     """Engine and tokenizer: response j to a prompt is answers(prompt's first id, j)."""
 
     tensor_parallel, max_model_len, chat_template = 1, 50, None
+    stop_ids, pad_token_id, bos_token_id = (), None, None
 
     def __init__(self, answers):
         self.answers, self.texts, self.sampled = answers, {}, []

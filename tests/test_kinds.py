@@ -226,6 +226,7 @@ class Echo:
     """Engine and tokenizer: every response is "\\boxed{0}"."""
 
     tensor_parallel, max_model_len = 1, 50
+    stop_ids, pad_token_id, bos_token_id = (), None, None
 
     def generate(self, prompts, n, seeds, **_):
         for i in range(len(prompts) * n):

@@ -2,13 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
-from conftest import ROOT
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer
 
 import rollout
-from rollout import Problem
+import verify
+from rollout import Problem, Sample
 
 MARKS = ["<think>", "</think>", "<|end|>", "<pad>", "<tool>"]  # special tokens of every tokenizer
 WORDS = [f"Q: What is 1+1?\nA: 2\n{rollout.INSTRUCTION} 3456789 system user Be brief."]
@@ -22,8 +24,8 @@ def make_tokenizer(folder, before=(), after=(), eos="</s>", of="PreTrainedTokeni
         made, extra = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         made.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False,
-                                      initial_alphabet=extra)
+        trainer = BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False,
+                             initial_alphabet=extra)
     else:
         made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
         made.normalizer = normalizers.Sequence(
@@ -32,8 +34,7 @@ def make_tokenizer(folder, before=(), after=(), eos="</s>", of="PreTrainedTokeni
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
              decoders.Strip(" ", 1, 0)])
         extra = [f"<0x{i:02X}>" for i in range(256)]
-        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special + extra,
-                                      show_progress=False)
+        trainer = BpeTrainer(vocab_size=600, special_tokens=special + extra, show_progress=False)
     made.train_from_iterator(WORDS, trainer)
     around = [(token, made.token_to_id(token)) for token in [*before, *after]]
     form = " ".join([*before, "$A", *after])
@@ -82,3 +83,52 @@ def test_a_text_gets_what_the_tokenizer_puts_before_one_once_and_no_eos(name, tm
     [chat] = rollout.encode_prompts(problems[:1], tokenizer, "chat", 999)
     text = rollout.format_prompt("1+1?", tokenizer, "chat")  # has its own
     assert chat.ids == tokenizer(text, add_special_tokens=False).input_ids
+
+
+class Speaker:
+    """An engine that says the ids that it is given."""
+
+    tensor_parallel = 1
+
+    def __init__(self, tokenizer, text):
+        self.stop_ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
+        self.ids = np.array(tokenizer(text, add_special_tokens=False).input_ids, np.int32)
+
+    def generate(self, prompts, n, seeds, **_):
+        yield 0, Sample(None, self.ids, np.zeros(len(self.ids)), "stop")
+
+
+def answered(tokenizer, template: str, response: str) -> Sample:
+    """Return the graded sample whose tokens are the response's; the right answer is 2."""
+    prompts = rollout.encode_prompts([Problem("1", "1+1?", "2")], tokenizer, template, 999)
+    engine = Speaker(tokenizer, response)
+    with verify.Graders(1) as graders:
+        judge = rollout.judge_by_rules(graders)
+        [(_, [sample])] = rollout.sample(engine, tokenizer, judge, prompts, 1, [0], seconds={})
+    return sample
+
+
+@pytest.mark.parametrize("of", ["PreTrainedTokenizerFast", "LlamaTokenizer"])
+@pytest.mark.parametrize(
+    "template, response, correct, status",
+    [
+        ("{problem}<think>", "so 2</think>It is \\boxed{2}", True, "ok"),
+        ("{problem}<think>", "so \\boxed{2}", False, "no_answer"),
+        ("{problem}", "<think>so \\boxed{2}", False, "no_answer"),
+        ("{problem}", "<think>so \\boxed{3}</think>\\boxed{2}", True, "ok"),
+        ("{problem}", "<think>so \\boxed{2}</think>It is 2", False, "no_answer"),
+        ("{problem}", "Answer: 2", True, "ok"),
+    ],
+)
+@pytest.mark.parametrize("end", ["", "</s>", "<|end|>"])
+def test_a_thought_between_special_tokens_is_seen(
+        of, template, response, correct, status, end, tmp_path):
+    tokenizer = make_tokenizer(tmp_path, of=of, before=["<s>"])
+    grade = answered(tokenizer, template, response + end).grade
+    assert (grade.correct, grade.status) == (correct, status)
+
+
+def test_only_stop_pad_and_bos_tokens_are_taken_out_of_a_response(tmp_path):
+    tokenizer = make_tokenizer(tmp_path, before=["<s>"])
+    said = answered(tokenizer, "{problem}", "<s><think>a</think><tool>2<unk><pad><pad><|end|>")
+    assert said.text == "<think>a</think><tool>2<unk>"

@@ -169,6 +169,7 @@ class Script:
     """Engine and tokenizer: the text of response j to prompt i is i * n + j."""
 
     tensor_parallel = 1
+    stop_ids, pad_token_id, bos_token_id = (), None, None
 
     def __init__(self, judge):
         self.judge = judge
