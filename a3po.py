@@ -545,7 +545,7 @@ def load_inputs(config: Config):
     """Return tokenizer, prompt sampler, held-out prompts and the judge that --reward names, or
     None; bad input is refused here. Rank 0 alone reads the data."""
     tokenizer, model_config = rollout.load_tokenizer(
-        config.model, config.max_prompt_length, config.max_response_length)
+        config.model, config.max_prompt_length, config.max_response_length, config.template)
     check_model(config.model, model_config)
     judge = None
     if config.reward:

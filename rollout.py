@@ -2,7 +2,6 @@
 engine, sampling and grading. shelf/data.py makes the problems.
 
 Training and evaluation read the same data formats and use the same template, engine and sampler.
-vLLM is imported only when an `Engine` is built.
 """
 
 import hashlib
@@ -59,27 +58,36 @@ class Prompt:
     opening: str = ""
 
 
-def load_tokenizer(model: str, max_prompt_length: int, max_response_length: int):
-    """Return (tokenizer, model config), refusing a model that does not exist or whose context is
-    too short, before any weights load. A length of 0 means: whatever fits."""
+def load_tokenizer(model: str, max_prompt_length: int, max_response_length: int,
+                   template: str = "auto"):
+    """Return (tokenizer, model config), refusing before any weights load a model that does not
+    exist, cannot be asked in this form, or has too short a context (a length of 0: what fits)."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:
         config = AutoConfig.from_pretrained(model)
         tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of many kinds: that of a broken tokenizer.json is Exception
         raise UsageError(f"model {model!r}: neither a save_pretrained folder nor a hub model that "
-                         f"loads ({str(error).splitlines()[0][:160]})") from None
-    wanted = (max_prompt_length or 1) + max_response_length
+                         f"loads ({' '.join(str(error).split())[:160]})") from None
     context = getattr(config, "max_position_embeddings", None)
-    if context is None:
-        raise UsageError(f"model {model!r} ({config.model_type}): its configuration has no "
-                         "max_position_embeddings; only transformers with attention are supported")
-    if wanted > context:
-        prompt = f"--max_prompt_length {max_prompt_length}" if max_prompt_length else "a prompt"
-        raise UsageError(f"{prompt} + --max_response_length {max_response_length} = {wanted} "
-                         f"tokens exceed the context of {model}, {context}: lower what is too "
-                         "long, or extend the context in the model's config.json (RoPE scaling)")
+    wanted = (max_prompt_length or 1) + max_response_length
+    for wrong, what in (
+        (context is None, f"no max_position_embeddings in its configuration ({config.model_type}); "
+         "only transformers with attention are supported"),
+        (wanted > (context or wanted), f"a prompt and a response, {wanted} tokens together, exceed "
+         f"the context, {context}: lower --max_response_length, in training also "
+         "--max_prompt_length, or extend the context in its config.json (RoPE scaling)"),
+        (len(tokenizer) <= len({*tokenizer.all_special_ids}), "no tokenizer, or one that knows no "
+         "word: copy its files (tokenizer.json, tokenizer_config.json) into the folder"),
+        (template not in ("auto", "chat", "plain") and "{problem}" not in template,
+         f"--template {template!r}: give auto, chat, plain or a text with {{problem}}"),
+    ):
+        if wrong:
+            raise UsageError(f"model {model!r}: {what}")
+    if not stop_token_ids(tokenizer, model, template):
+        raise UsageError(f"model {model!r}: no token ends a response: name one as eos_token in its "
+                         "tokenizer_config.json, or as eos_token_id in generation_config.json")
     return tokenizer, config
 
 
@@ -88,37 +96,43 @@ def uses_chat(tokenizer, template: str) -> bool:
     return template == "chat" or (template == "auto" and bool(tokenizer.chat_template))
 
 
-def format_prompt(
-    problem: str, tokenizer, template: str = "auto", kind: str = "math", turns: Iterable = ()
-) -> str:
+def format_prompt(problem: str, tokenizer, template: str = "auto", kind: str = "math",
+                  turns: Iterable = ()) -> str:
     """Return the text the model sees. template: "auto" (the tokenizer's chat template where it has
     one, else plain), "chat", "plain", or a string that contains {problem}, in which a typed \\n
     is the end of a line. turns: chat messages before the problem; their text stands before it
     where there is no chat."""
     instruction = INSTRUCTIONS[kind]
     if uses_chat(tokenizer, template):
-        message = {"role": "user", "content": f"{problem}\n{instruction}"}
-        messages = [*turns, message]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        message = dict(role="user", content=f"{problem}\n{instruction}")
+        return chat_text(tokenizer, [*turns, message])
     if template in ("auto", "plain"):
         template = PLAIN_TEMPLATE.replace(INSTRUCTION, instruction)
     before = "".join(f"{turn['content']}\n\n" for turn in turns)
     return before + template.replace("\\n", "\n").replace("{problem}", problem)
 
 
-def check_template(tokenizer, template: str) -> None:
-    if template not in ("auto", "chat", "plain") and "{problem}" not in template:
-        raise UsageError(f"--template {template!r}: give auto, chat, plain or a text with "
-                         "{problem}")
-    if template == "chat" and not tokenizer.chat_template:
-        raise UsageError("--template chat: the tokenizer has no chat template; give plain")
+def chat_text(tokenizer, messages: list[dict]) -> str:
+    """Return what the chat template makes of the messages; UsageError where it fails or leaves the
+    last out. A system turn that it refuses, or leaves out, joins the user's, as in plain."""
+    first, *rest = messages
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False,
+                                             add_generation_prompt=messages[-1]["role"] == "user")
+        why = "what is asked is not in its text: it may want other content than a text"
+    except Exception as error:  # whatever the code in the template raises
+        text, why = "", f"{type(error).__name__}: {error}"
+    if all(turn["content"].strip() in text for turn in (first, messages[-1])):
+        return text
+    if first["role"] == "system" and rest[0]["role"] == "user":
+        joined = f"{first['content']}\n\n{rest[0]['content']}"
+        return chat_text(tokenizer, [rest[0] | dict(content=joined), *rest[1:]])
+    raise UsageError(f"the chat template fails ({why[:200]}): mend it, or give --template plain")
 
 
-def encode_prompts(
-    problems: list[Problem], tokenizer, template: str, max_prompt_length: int
-) -> list[Prompt]:
+def encode_prompts(problems: list[Problem], tokenizer, template: str,
+                   max_prompt_length: int) -> list[Prompt]:
     """Tokenise the problems; drop those longer than max_prompt_length tokens, and say how many."""
-    check_template(tokenizer, template)
     # A chat template writes its own BOS; before a text comes what the tokenizer puts there.
     start = [] if uses_chat(tokenizer, template) else ids_before(problems[0].text, tokenizer)
     template = template.removeprefix("".join(tokenizer.convert_ids_to_tokens(start)))
@@ -197,8 +211,8 @@ def request_seed(*key: object) -> int:
 class Sample:
     """One response to a prompt: token ids (the stop token included) and the log-probability with
     which vLLM sampled each, both (T,); finish_reason is "stop" or "length" (truncated). `sample`
-    adds text, grade and reward; training adds the prompt, where the responses of all ranks come
-    together (each rank has it, and the tests of a program can be megabytes), and the advantage."""
+    adds text, grade and reward; training adds the advantage, and the prompt once the responses of
+    all ranks are together (each rank has it, and a program's tests can be megabytes)."""
 
     prompt: Prompt | None
     ids: np.ndarray
@@ -228,8 +242,8 @@ def stop_token_ids(tokenizer, model: str, template: str = "auto") -> list[int]:
     ids = ids if isinstance(ids, list) else [ids]
     if uses_chat(tokenizer, template):
         turns = [dict(role="user", content="?"), dict(role="assistant", content="ANSWER")]
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-        after = tokenizer(text.rpartition("ANSWER")[2].strip(), add_special_tokens=False).input_ids
+        text = chat_text(tokenizer, turns).rpartition("ANSWER")[2].strip()
+        after = tokenizer(text, add_special_tokens=False).input_ids
         ids += [i for i in after[:1] if i in tokenizer.added_tokens_decoder]
     return sorted({i for i in [tokenizer.eos_token_id, *ids] if i is not None})
 
@@ -238,8 +252,7 @@ class Engine:
     """vLLM in this process, one engine per rank (data parallel replicas); with tensor_parallel T,
     one per T ranks in a row, which then must all make the same calls.
 
-    torch.distributed must be initialised first. A context longer than the model's must have been
-    refused by the caller: vLLM would truncate silently.
+    torch.distributed must be initialised, and no context longer than the model's: vLLM truncates.
     """
 
     @of_vllm("to start")
@@ -294,8 +307,7 @@ class Engine:
         to prompt i comes with the index i * n + j and is sampled with seed seeds[i] + j, so it
         depends on its own prompt and seed alone, not on what else is in the batch (on a GPU up
         to rounding: there kernels depend on the batch's shape)."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         if self.asleep:
             raise RuntimeError("the engine sleeps and its weights are gone: sync first")

@@ -1,16 +1,20 @@
 """The tokens of a prompt and the text of a response, with small tokenizers as the families have."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer
 
+import a3po
 import rollout
 import verify
 from rollout import Problem, Sample
+from shelf.ranks import UsageError
 
 MARKS = ["<think>", "</think>", "<|end|>", "<pad>", "<tool>"]  # special tokens of every tokenizer
 WORDS = [f"Q: What is 1+1?\nA: 2\n{rollout.INSTRUCTION} 3456789 system user Be brief."]
@@ -132,3 +136,96 @@ def test_only_stop_pad_and_bos_tokens_are_taken_out_of_a_response(tmp_path):
     tokenizer = make_tokenizer(tmp_path, before=["<s>"])
     said = answered(tokenizer, "{problem}", "<s><think>a</think><tool>2<unk><pad><pad><|end|>")
     assert said.text == "<think>a</think><tool>2<unk>"
+
+
+# ---- chat templates, and models that cannot be asked --------------------------------------------
+
+TURN = "<{{ m.role }}>{{ m.content | trim }}<|end|>"
+ASK = "{% for m in messages %}" + TURN + "{% endfor %}"
+ASK += "{% if add_generation_prompt %}<assistant>{% endif %}"
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + ASK
+LEAVES_OUT = ASK.replace("messages %}", "messages if m.role != 'system' %}", 1)
+PARTS = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+SYSTEM = [dict(role="system", content="Be brief. ")]
+
+
+@pytest.mark.parametrize("template", [REFUSES, LEAVES_OUT])
+def test_a_system_turn_that_the_chat_template_refuses_joins_the_users(template, tmp_path):
+    tokenizer = make_tokenizer(tmp_path)
+    tokenizer.chat_template = template
+    text = rollout.format_prompt("1+1?", tokenizer, turns=SYSTEM)
+    assert text == f"<user>Be brief. \n\n1+1?\n{rollout.INSTRUCTION}<|end|><assistant>"
+    said = [*SYSTEM, dict(role="user", content="Hi"), dict(role="assistant", content="Yes?")]
+    text = rollout.format_prompt("1+1?", tokenizer, turns=said)
+    assert text.startswith("<user>Be brief. \n\nHi<|end|><assistant>Yes?<|end|><user>1+1?")
+    tokenizer.chat_template = ASK
+    text = rollout.format_prompt("1+1?", tokenizer, turns=SYSTEM)
+    assert text.startswith("<system>Be brief.<|end|><user>1+1?")
+
+
+@pytest.mark.parametrize(
+    "template, says",
+    [
+        (PARTS, "what is asked is not in its text"),
+        ("<user>hello", "what is asked is not in its text"),
+        ("{{ raise_exception('not today') }}", "not today"),
+        ("{{ messages[0].content + 1 }}", "TypeError"),
+        ("{% for m in messages %}", "TemplateSyntaxError"),
+        ("{{ nothing.there }}", "UndefinedError"),
+        (REFUSES.replace("[0].role == 'system'", "[-1].role == 'user'"), "no system"),
+    ],
+)
+def test_a_chat_template_that_fails_is_one_sentence_in_a_check(template, says, tmp_path, capsys):
+    model = model_of(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    error = checked(model, capsys)
+    assert says in error and "--template plain" in error
+    assert not checked(model, capsys, "--template=plain")
+
+
+def model_of(folder) -> str:
+    """Return a copy of the demo's model."""
+    for path in (ROOT / "demo" / "model").iterdir():
+        shutil.copy(path, folder)
+    return str(folder)
+
+
+def checked(model: str, capsys, *flags: str) -> str:
+    """Return what `a3po.py --check` has against the model: one sentence, or nothing."""
+    try:
+        a3po.main(["--setting=demo", "--check", f"--model={model}",
+                   "--max_prompt_length=150", *flags])
+    except SystemExit as stop:
+        assert stop.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == error.startswith("error: ")
+    return error
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3", "llama", "gemma", "gpt2", "gpt_neox", "mistral", "olmo2", "glm4", "phi3"])
+def test_a_folder_without_tokenizer_files_is_refused(family, tmp_path, capsys):
+    """transformers makes an empty tokenizer, for some families."""
+    about = dict(model_type=family, max_position_embeddings=256)
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    assert "tokenizer" in checked(str(tmp_path), capsys)
+    with pytest.raises(UsageError, match="tokenizer"):  # evaluation calls this
+        rollout.load_tokenizer(str(tmp_path), 0, 0)
+
+
+def test_a_broken_tokenizer_is_one_sentence(tmp_path, capsys):
+    model = model_of(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": 3}')
+    assert "that loads (" in checked(model, capsys)
+
+
+def test_a_model_without_a_stop_token_is_refused(tmp_path, capsys):
+    model = model_of(tmp_path)
+    about = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(about | dict(eos_token=None)))
+    assert not checked(model, capsys)  # generation_config.json has one
+    (tmp_path / "generation_config.json").unlink()
+    error = checked(model, capsys)
+    assert "no token ends a response" in error and "eos_token" in error
+    (tmp_path / "chat_template.jinja").write_text(ASK.replace("<|end|>", "<pad>"))
+    assert not checked(model, capsys)  # its turns end in one
