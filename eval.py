@@ -37,7 +37,7 @@ import numpy as np
 import rollout
 import verify
 from rollout import Problem, Prompt, Sample
-from shelf.data import name_apart, read_rows, to_problem
+from shelf.data import load_problems, name_apart, read_rows
 from shelf.folder import append_records, environment, folder_path, keep_records, replace_file
 from shelf.metrics import glossary
 from shelf.ranks import UsageError, gather, init_distributed, leave, rank, say, world_size
@@ -107,9 +107,8 @@ def gpqa_row(row: dict) -> dict:
 
 
 def load_benchmark(name: str, bench: Benchmark, args: argparse.Namespace) -> list[Problem]:
-    """Read a benchmark's problems, at most --limit, with distinct texts and ids."""
-    problems: dict[str, Problem] = {}
-    rows = 0
+    """Read a benchmark's problems, at most --limit, with distinct ids."""
+    rows = []
     try:
         for source in find_sources(name, bench, args):
             for where, row in read_rows(source, "test"):  # or its only split
@@ -119,17 +118,14 @@ def load_benchmark(name: str, bench: Benchmark, args: argparse.Namespace) -> lis
                 identity = row.get(bench.id, row.get("id", Path(where).name))
                 if row.keys() >= {"Question", "Correct Answer"}:
                     row = gpqa_row(row)
-                problem = to_problem(where, row, bench.kind)
-                problems.setdefault(problem.text, dataclasses.replace(problem, id=str(identity)))
-                rows += 1
-        if not problems:
+                rows.append((where, row | dict(id=identity)))
+        if not rows:
             window = f" with a contest date in {args.lcb_from or '...'} to {args.lcb_to or '...'}"
             raise UsageError("no problems" + window * (bench.kind == "code"))
+        problems = load_problems(name, rows=rows, kind=bench.kind)
     except UsageError as error:
         raise UsageError(f"benchmark {name}: {error}") from None
-    if rows > len(problems):
-        say(f"{name}: {rows - len(problems)} of {rows} rows repeat a problem and were dropped")
-    return name_apart(list(problems.values())[: args.limit or None])
+    return name_apart(problems[: args.limit or None])
 
 
 # ---- numbers ------------------------------------------------------------------------------------
@@ -201,7 +197,7 @@ def summarize(kind: str, groups: list[list[dict]]) -> dict[str, float]:
 
 def problem_seed(seed: int, prompt: Prompt) -> int:
     """Return the seed of a problem's first sample; sample j uses this + j."""
-    return rollout.request_seed("eval", seed, prompt.problem.text)
+    return rollout.request_seed("eval", seed, prompt.problem.text, *prompt.problem.turns)
 
 
 def make_records(name: str, prompt: Prompt, first: int, samples: list[Sample]) -> list[dict]:

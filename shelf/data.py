@@ -39,10 +39,8 @@ def read_rows(source: str, split: str = "train") -> Iterator[tuple[str, dict]]:
         except (OSError, ValueError) as why:  # damaged, or not in UTF-8
             raise UsageError(f"{source}: cannot be read: {str(why)[:200]}") from None
     elif path.exists() or path.suffix or source.count("/") != 1:
-        raise UsageError(
-            f"data {source!r}: expected an existing .jsonl or .parquet file, or a hub data set "
-            "'owner/name' or 'owner/name:config'; check the path"
-        )
+        raise UsageError(f"data {source!r}: expected an existing .jsonl or .parquet file, or a hub "
+                         "data set 'owner/name' or 'owner/name:config'; check the path")
     else:
         rows = _hub_rows(source, split)
     for number, row in enumerate(rows):
@@ -64,10 +62,9 @@ def _hub_rows(name: str, split: str) -> Iterable[dict]:
     try:
         splits = datasets.load_dataset(name, config or None)
     except Exception as error:  # the hub client raises many kinds, all with the same meaning here
-        raise UsageError(
-            f"data {name!r}: no such local file, and the hub data set did not load "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:120]})"
-        ) from None
+        why = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        raise UsageError(f"data {name!r}: no such local file, and the hub data set did not load "
+                         f"({why})") from None
     return splits[split if split in splits else next(iter(splits))]
 
 
@@ -77,13 +74,16 @@ def to_problem(where: str, row: dict, kind: str = "", needs_answer: bool = True)
     be missing, as a reward function judges."""
     own = row.get("kind")
     hints = [x for x in ("choices", "tests", "question_content") if row.get(x)]
-    text = next((row[column] for column in TEXT_COLUMNS if row.get(column)), None)
-    turns: list[dict] = []
-    if isinstance(text, list):  # chat messages; the last user turn is the problem
-        text = [turn for turn in text if isinstance(turn, dict)]
-        asked = [i for i, turn in enumerate(text) if turn.get("role") == "user"]
-        turns, text = (text[: asked[-1]], text[asked[-1]]["content"]) if asked else ([], None)
+    column = next((column for column in TEXT_COLUMNS if row.get(column)), "problem")
+    text, turns = row.get(column), []
     try:
+        if isinstance(text, list):  # chat messages; the last is the problem
+            for turn in text:
+                texts = isinstance(turn, dict) and (turn.get("role"), turn.get("content"))
+                require(texts and all(isinstance(x, str) for x in texts), {column: turn}, column,
+                        "turns with a role and a content, both texts")
+            require(turn["role"] == "user", {column: turn}, column, "the user's turn at the end")
+            turns, text = text[:-1], turn["content"]
         require(own in (None, kind or own) and own in (None, *KINDS), row, "kind",
                 kind or "math, choice or code")
         require(own or kind or not hints, row, "kind", f"one beside {hints}, in the row or for the "
@@ -171,19 +171,20 @@ def code_problem(text: str, row: dict, needs_answer: bool) -> tuple[str, dict, d
 CONVERT = dict(math=math_problem, choice=choice_problem, code=code_problem)
 
 
-def load_problems(source: str, split: str = "train", **how: Any) -> list[Problem]:
-    """Read a data set, keeping the first of rows with the same problem text (DAPO-Math-17k
-    repeats each about 100 times). how: kind and needs_answer of to_problem."""
+def load_problems(source: str, split: str = "train", rows: Iterable | None = None,
+                  **how: Any) -> list[Problem]:
+    """Return a data set's problems, the first of each conversation (DAPO-Math-17k repeats each
+    about 100 times). rows: those of read_rows to take; how: kind and needs_answer of to_problem."""
     problems: dict[str, Problem] = {}
-    rows = 0
-    for where, row in read_rows(source, split):
+    n = 0
+    for where, row in read_rows(source, split) if rows is None else rows:
         problem = to_problem(where, row, **how)
-        problems.setdefault(problem.text, problem)
-        rows += 1
+        problems.setdefault(repr((problem.text, problem.turns)), problem)
+        n += 1
     if not problems:
         raise UsageError(f"data {source!r}: no rows; give a file with at least one problem")
-    if rows > len(problems):
-        say(f"{source}: {rows - len(problems)} of {rows} rows repeat a problem and were dropped")
+    if n > len(problems):
+        say(f"{source}: {n - len(problems)} of {n} rows repeat a problem and were dropped")
     return list(problems.values())
 
 

@@ -22,6 +22,7 @@ from shelf.metrics import describe, rollout_metrics
 from shelf.ranks import UsageError
 from verify import Grade
 
+USER, ASSISTANT = dict(role="user", content="1+1?"), dict(role="assistant", content="It is 2.")
 TESTS = [{"input": "1 2\n", "output": "3\n"}]
 LIVE = dict(
     question_content="Add.", public_test_cases=json.dumps([dict(TESTS[0], testtype="stdin")]),
@@ -100,7 +101,16 @@ def test_a_function_and_a_time_limit(tmp_path):
         (CODE | dict(function="a b"), {}, "field 'function': expected a function's name"),
         (CODE | dict(starter_code=5), {}, "field 'starter_code': expected a text"),
         (CHOICE | dict(choices=["one", None]), {}, "field 'choices': expected 2 to 26"),
-        (dict(prompt=["Add."], answer="1"), {}, "field 'problem': expected a text"),
+        (dict(prompt=["Add."], answer="1"), {}, "field 'prompt': expected turns"),
+        (dict(prompt=[USER, dict(role="user")], answer="1"), {}, "not {'role': 'user'}"),
+        (dict(prompt=[dict(role="system"), USER], answer="1"), {}, "not {'role': 'system'}"),
+        (dict(prompt=[USER | dict(content=[dict(type="text", text="1+1?")])], answer="1"), {},
+         "field 'prompt': expected turns with a role and a content, both texts"),
+        (dict(prompt=[{"from": "human", "value": "1+1?"}], answer="1"), {}, "expected turns"),
+        (dict(prompt=[USER | dict(content=None)], answer="1"), {}, "expected turns"),
+        (dict(prompt=[USER, ASSISTANT], answer="1"), {}, "the user's turn at the end, not {'role': "
+         "'assistant', 'content': 'It is 2.'}"),
+        (dict(prompt=[USER, dict(role="system", content="s")], answer="1"), {}, "at the end"),
         (CODE | dict(time_limit=0), {}, "field 'time_limit': expected seconds"),
         (LIVE | dict(private_test_cases="????"), dict(kind="code"), "'public_test_cases'"),
         (MATH | dict(problem=" "), {}, "field 'problem': expected a text"),

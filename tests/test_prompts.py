@@ -11,6 +11,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer
 
 import a3po
+import eval as evaluation
 import rollout
 import verify
 from rollout import Problem, Sample
@@ -229,3 +230,36 @@ def test_a_model_without_a_stop_token_is_refused(tmp_path, capsys):
     assert "no token ends a response" in error and "eos_token" in error
     (tmp_path / "chat_template.jinja").write_text(ASK.replace("<|end|>", "<pad>"))
     assert not checked(model, capsys)  # its turns end in one
+
+
+# ---- conversations ------------------------------------------------------------------------------
+
+
+def conversations(folder) -> str:
+    """Write a data set with the problem in the system turn, one row of it twice."""
+    user = dict(role="user", content="Solve it.")
+    systems = [dict(role="system", content=f"The problem is {i}+1.") for i in (1, 2, 2)]
+    rows = [dict(prompt=[system, user], answer="2") for system in systems]
+    rows += [dict(prompt=[user], answer="2"), dict(problem="Solve it.", answer="2")]
+    path = folder / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_rows_that_differ_before_the_last_turn_are_several(tmp_path, capsys):
+    """In training and evaluation; and their samples are told apart by their seeds."""
+    data = conversations(tmp_path)
+    config = a3po.parse_args(["--setting=demo", f"--data={data}", f"--eval_data={data}",
+                              "--max_prompt_length=200"])
+    _, sampler, held_out, _ = a3po.load_inputs(config)
+    assert "2 of 5 rows repeat a problem" in capsys.readouterr().out
+    args = evaluation.parse_args(["--model=m", f"--data={data}"])
+    [(name, bench)] = evaluation.check_args(args).items()
+    problems = evaluation.load_benchmark(name, bench, args)
+    assert [p.turns for p in problems] == [prompt.problem.turns for prompt in sampler.prompts]
+    for prompts in (sampler.prompts, held_out):
+        assert len(prompts) == len({tuple(prompt.ids) for prompt in prompts}) == 3
+        seeds = [evaluation.problem_seed(0, prompt) for prompt in prompts]
+        assert len({*seeds}) == 3
+        # without turns before it a problem keeps the seed of its text
+        assert seeds[-1] == rollout.request_seed("eval", 0, "Solve it.")
