@@ -17,8 +17,7 @@ from shelf.config import Config
 from shelf.ranks import UsageError, say
 from verify import KINDS, extract_answer
 
-# DAPO-Math-17k wraps each problem in its own instruction ("Answer: ..."); we take the problem out
-# and apply our template, so that training and evaluation ask in the same words.
+# DAPO-Math-17k's instruction around a problem: our template asks in evaluation's words instead
 DAPO_PREFIX = "Solve the following math problem step by step."
 DAPO_SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
 TEXT_COLUMNS = ("prompt", "problem", "question", "question_content")
@@ -106,22 +105,32 @@ def require(right: Any, row: dict, name: str, expected: str) -> None:
 
 def math_problem(text: str, row: dict, needs_answer: bool) -> tuple[str, str, dict]:
     """Return text, answer and no options of a row with the usual columns."""
-    of_verl = row.get("reward_model")
-    answers = [of_verl.get("ground_truth")] if isinstance(of_verl, dict) else []
-    answers += [row.get("answer"), extract_answer(row.get("solution"))]  # of math-ai/aime24
-    answer = str(next((x for x in answers if x is not None), "")).strip()
+    given = {"answer": row.get("answer"), "final_answer": row.get("final_answer"),  # OlympiadBench
+             "solution": extract_answer(row.get("solution"))}  # math-ai/aime24
+    if isinstance(row.get("reward_model"), dict):
+        given = {"reward_model.ground_truth": row["reward_model"].get("ground_truth")} | given
+    answers = (answer_text(place, answer, needs_answer) for place, answer in given.items())
+    answer = next(filter(None, answers), "")
     require(answer or not needs_answer, row, "answer",
             "a text, there or in 'reward_model.ground_truth', or a boxed 'solution'")
     if text.startswith(DAPO_PREFIX) and text.endswith(DAPO_SUFFIX):
         text = text[: -len(DAPO_SUFFIX)].partition("\n\n")[2]
-    return text.strip(), answer.rpartition("#### ")[2].strip(), {}  # GSM8K's ends a solution so
+    return text.strip(), answer, {}
+
+
+def answer_text(place: str, answer: Any, graded: bool) -> str:
+    """Return an answer as a text, "" if it says nothing; of several none can be graded."""
+    answer = verify.only_item(answer)
+    require(not (graded and isinstance(answer, list | dict)), {place: answer}, place, "one answer")
+    text = "" if answer is None else str(answer).rpartition("#### ")[2].strip()  # as in GSM8K
+    return text if text != "nan" and verify.grade_number(text, text) else ""
 
 
 def choice_problem(text: str, row: dict, needs_answer: bool) -> tuple[str, str, dict]:
     """Return text, letter and options of a row with "choices", or with n_choices (4 if absent) in
     its text. The answer: a letter; of choices also an index from 0, or a text. A string is an index
     only if it is no choice's text; one choice's letter that is another's text is an error."""
-    choices, answer = row.get("choices") or [], row.get("answer")
+    choices, answer = row.get("choices") or [], verify.only_item(row.get("answer"))
     require(isinstance(choices, list), row, "choices", "a list of texts")
     choices = ["" if choice is None else str(choice).strip() for choice in choices]
     n = len(choices) or row.get("n_choices") or 4
@@ -176,11 +185,10 @@ def load_problems(source: str, split: str = "train", rows: Iterable | None = Non
     """Return a data set's problems, the first of each conversation (DAPO-Math-17k repeats each
     about 100 times). rows: those of read_rows to take; how: kind and needs_answer of to_problem."""
     problems: dict[str, Problem] = {}
-    n = 0
-    for where, row in read_rows(source, split) if rows is None else rows:
+    rows = read_rows(source, split) if rows is None else rows
+    for n, (where, row) in enumerate(rows, 1):  # noqa: B007
         problem = to_problem(where, row, **how)
         problems.setdefault(repr((problem.text, problem.turns)), problem)
-        n += 1
     if not problems:
         raise UsageError(f"data {source!r}: no rows; give a file with at least one problem")
     if n > len(problems):
@@ -200,11 +208,10 @@ def read_prompts(config: Config, tokenizer) -> tuple[list[Prompt], list[Prompt]]
     form = (tokenizer, config.template, config.max_prompt_length)
     problems = load_problems(config.data, kind=config.kind, needs_answer=not config.reward)
     prompts = encode_prompts(problems, *form)
-    held_out, problems = [], []
+    problems = []
     for source in filter(None, config.eval_data.split(",")):
         problems += load_problems(source.strip(), "test", kind=config.eval_kind)
-    if problems := name_apart(problems):
-        held_out = encode_prompts(problems, *form)
+    held_out = encode_prompts(name_apart(problems), *form) if problems else []
     held_out = held_out[: config.eval_limit or None]
     if config.reward and held_out:
         say("held-out problems are judged by the built-in graders, not by --reward")

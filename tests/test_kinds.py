@@ -58,6 +58,8 @@ def test_kinds_are_mixed_in_one_file(tmp_path):
         (dict(choices=["x", "y"], answer="0"), "A"),
         (dict(choices=["x", "y"], answer="y"), "B"),
         (dict(choices=["x", "y"], answer=" B "), "B"),
+        (dict(choices=["x", "y"], answer=["B"]), "B"),
+        (dict(choices=["x", "y"], answer=[1]), "B"),
         (dict(choices=["1", "0"], answer="1"), "A"),  # a text before an index
         (dict(choices=["1", "0"], answer=1), "B"),
         (dict(answer="D"), "D"),  # the options are in the text
@@ -114,6 +116,19 @@ def test_a_function_and_a_time_limit(tmp_path):
         (CODE | dict(time_limit=0), {}, "field 'time_limit': expected seconds"),
         (LIVE | dict(private_test_cases="????"), dict(kind="code"), "'public_test_cases'"),
         (MATH | dict(problem=" "), {}, "field 'problem': expected a text"),
+        (MATH | dict(answer=["1", "2"]), {}, "field 'answer': expected one answer, not ['1', '2']"),
+        (MATH | dict(answer='["1", "2"]'), {}, "field 'answer': expected one answer"),
+        (MATH | dict(answer={"value": "1"}), {}, "field 'answer': expected one answer"),
+        (MATH | dict(answer='{"value": "1"}'), {}, "field 'answer': expected one answer"),
+        (MATH | dict(answer=[["1"]]), {}, "field 'answer': expected one answer"),
+        (MATH | dict(reward_model=dict(ground_truth=["1", "2"])), {},
+         "field 'reward_model.ground_truth': expected one answer"),
+        (MATH | dict(answer=float("nan")), {}, "field 'answer': expected a text"),
+        (MATH | dict(answer=[]), {}, "field 'answer': expected a text"),
+        (MATH | dict(answer="$$"), {}, "field 'answer': expected a text"),
+        (MATH | dict(answer=None, final_answer=["1", "2"]), {}, "field 'final_answer'"),
+        (CHOICE | dict(answer=["A", "B"]), {}, "field 'answer': expected one letter"),
+        (CHOICE | dict(answer=float("nan")), {}, "field 'answer': expected one letter"),
     ],
 )
 def test_a_bad_row_is_one_sentence(tmp_path, row, how, says):
@@ -123,9 +138,42 @@ def test_a_bad_row_is_one_sentence(tmp_path, row, how, says):
     assert says in message and "rows.jsonl:" in message and "\n" not in message
 
 
+@pytest.mark.parametrize(
+    "row, reference",
+    [
+        (dict(answer=["12"]), "12"),
+        (dict(answer=[12]), "12"),
+        (dict(answer='["12"]'), "12"),  # Skywork-OR1's form
+        (dict(answer='["\\\\frac{1}{2}"]'), "\\frac{1}{2}"),
+        (dict(answer=" [12] "), "12"),
+        (dict(reward_model=dict(ground_truth='["12"]')), "12"),
+        (dict(answer=None, final_answer=["$12$"], solution=["Add."]), "$12$"),  # OlympiadBench's
+        (dict(answer="[1, 2]"), "[1, 2]"),  # an interval
+        (dict(answer="[-2,7]"), "[-2,7]"),
+        (dict(answer="\\{1, 2\\}"), "\\{1, 2\\}"),
+        (dict(answer="[1, \\infty)"), "[1, \\infty)"),
+        (dict(answer=0), "0"),
+        (dict(answer="None"), "None"),
+        (dict(answer=12, reward_model=dict(ground_truth="")), "12"),
+        (dict(answer=12, reward_model=dict(ground_truth=float("nan"))), "12"),
+        (dict(answer=12, reward_model=dict(ground_truth=[])), "12"),
+        (dict(answer=12, reward_model=dict(ground_truth=0)), "0"),
+        (dict(answer=" ", solution="It is \\boxed{12}."), "12"),
+        (dict(answer=12, final_answer=["1", "2"]), "12"),
+        (dict(answer="1+1=2\n#### 2"), "2"),
+    ],
+)
+def test_the_answer_to_a_math_problem(tmp_path, row, reference):
+    [problem] = load(tmp_path, MATH | row)
+    assert problem.reference == reference
+    assert verify.grade("math", f"\\boxed{{{reference}}}", problem.reference).correct
+
+
 def test_a_reward_function_needs_no_answers(tmp_path):
     rows = [dict(problem="a"), dict(kind="choice", problem="b"), dict(kind="code", problem="c")]
     assert len(load(tmp_path, *rows, needs_answer=False)) == 3
+    several = dict(problem="d", answer=["1", "2"])  # it may make something of them
+    assert load(tmp_path, several, needs_answer=False)[0].reference == "['1', '2']"
 
 
 class Tokenizer:
