@@ -57,7 +57,7 @@ try:
     import rollout
     from model import GPU, Policy, collate, deal, distribute, full_weights, load_model, pack
     from rollout import Prompt, Sample, empty_sample, is_live, reward_failed
-    from shelf import ranks
+    from shelf import ranks, show
     from shelf.checkpoints import Checkpoints
     from shelf.checks import check_agreement, check_memory, check_model, check_sleep
     from shelf.config import Config, check_config, parse_args
@@ -65,7 +65,6 @@ try:
     from shelf.folder import RunFolder
     from shelf.metrics import rollout_metrics, token_metrics
     from shelf.ranks import UsageError, accumulate, rank, reduce_over_ranks, say, timed, world_size
-    from shelf.report import show_example
     from verify import Graders
 except ModuleNotFoundError as missing:  # the loss needs torch alone, on any system
     if __name__ == "__main__":
@@ -660,7 +659,7 @@ def train(config: Config, run: RunFolder) -> None:
             set_advantages(groups, config)
             engine.sleep()
             if step == start:
-                show_example(drawn[0][0], tokenizer)
+                show.show_example(drawn[0][0], tokenizer)
             # Score: what the policy that sampled says of each token, before it changes
             with timed(seconds, "score"):
                 mini_batches = make_batches(groups, config, step, device, kernel)

@@ -1,9 +1,8 @@
 """From a problem to graded responses: Problem, Prompt, Sample. Read from the top: prompts, the vLLM
-engine, sampling and grading. shelf/data.py makes the problems.
-
-Training and evaluation read the same data formats and use the same template, engine and sampler.
+engine, sampling and grading. Training and evaluation share all of it; shelf/data.py reads problems.
 """
 
+import contextlib
 import hashlib
 import importlib
 import logging
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from shelf.ranks import UsageError, of_vllm, rank, say, timed, world_size
+from shelf.ranks import UsageError, rank, say, timed, world_size
 from verify import Grade, Graders
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -73,21 +72,19 @@ def load_tokenizer(model: str, max_prompt_length: int, max_response_length: int,
     context = getattr(config, "max_position_embeddings", None)
     wanted = (max_prompt_length or 1) + max_response_length
     for wrong, what in (
-        (context is None, f"no max_position_embeddings in its configuration ({config.model_type}); "
-         "only transformers with attention are supported"),
+        (context is None, "no max_position_embeddings in config.json: only attention is supported"),
         (wanted > (context or wanted), f"a prompt and a response, {wanted} tokens together, exceed "
          f"the context, {context}: lower --max_response_length, in training also "
-         "--max_prompt_length, or extend the context in its config.json (RoPE scaling)"),
-        (len(tokenizer) <= len({*tokenizer.all_special_ids}), "no tokenizer, or one that knows no "
-         "word: copy its files (tokenizer.json, tokenizer_config.json) into the folder"),
+         "--max_prompt_length, or extend the context in config.json (RoPE scaling)"),
+        (len(tokenizer) <= len({*tokenizer.all_special_ids}), "no tokenizer is there: copy "
+         "tokenizer.json and tokenizer_config.json into the folder"),
         (template not in ("auto", "chat", "plain") and "{problem}" not in template,
          f"--template {template!r}: give auto, chat, plain or a text with {{problem}}"),
+        (not stop_token_ids(tokenizer, model, template), "no token ends a response: name one as "
+         "eos_token in tokenizer_config.json, or as eos_token_id in generation_config.json"),
     ):
         if wrong:
             raise UsageError(f"model {model!r}: {what}")
-    if not stop_token_ids(tokenizer, model, template):
-        raise UsageError(f"model {model!r}: no token ends a response: name one as eos_token in its "
-                         "tokenizer_config.json, or as eos_token_id in generation_config.json")
     return tokenizer, config
 
 
@@ -98,16 +95,14 @@ def uses_chat(tokenizer, template: str) -> bool:
 
 def format_prompt(problem: str, tokenizer, template: str = "auto", kind: str = "math",
                   turns: Iterable = ()) -> str:
-    """Return the text the model sees. template: "auto" (the tokenizer's chat template where it has
-    one, else plain), "chat", "plain", or a string that contains {problem}, in which a typed \\n
-    is the end of a line. turns: chat messages before the problem; their text stands before it
-    where there is no chat."""
-    instruction = INSTRUCTIONS[kind]
+    """Return the text the model sees. template: "auto" (chat where the tokenizer has a template,
+    else plain), "chat", "plain", or a text with {problem}, in which a typed \\n ends a line. turns:
+    chat messages before the problem, in a text their contents."""
     if uses_chat(tokenizer, template):
-        message = dict(role="user", content=f"{problem}\n{instruction}")
-        return chat_text(tokenizer, [*turns, message])
+        asked = dict(role="user", content=f"{problem}\n{INSTRUCTIONS[kind]}")
+        return chat_text(tokenizer, [*turns, asked])
     if template in ("auto", "plain"):
-        template = PLAIN_TEMPLATE.replace(INSTRUCTION, instruction)
+        template = PLAIN_TEMPLATE.replace(INSTRUCTION, INSTRUCTIONS[kind])
     before = "".join(f"{turn['content']}\n\n" for turn in turns)
     return before + template.replace("\\n", "\n").replace("{problem}", problem)
 
@@ -133,8 +128,12 @@ def chat_text(tokenizer, messages: list[dict]) -> str:
 def encode_prompts(problems: list[Problem], tokenizer, template: str,
                    max_prompt_length: int) -> list[Prompt]:
     """Tokenise the problems; drop those longer than max_prompt_length tokens, and say how many."""
-    # A chat template writes its own BOS; before a text comes what the tokenizer puts there.
-    start = [] if uses_chat(tokenizer, template) else ids_before(problems[0].text, tokenizer)
+    start = []  # a chat template writes its own BOS
+    if not uses_chat(tokenizer, template):  # what the tokenizer puts before a text, none of its EOS
+        text = [problems[0].text]
+        marked, bare = (tokenizer(text, add_special_tokens=x).input_ids[0] for x in (True, False))
+        places = [i for i in range(len(marked)) if marked[i : i + len(bare)] == bare]
+        start = marked[: min(places, default=0)]
     template = template.removeprefix("".join(tokenizer.convert_ids_to_tokens(start)))
     texts = [format_prompt(p.text, tokenizer, template, p.kind, p.turns) for p in problems]
     ids = [start + rest for rest in tokenizer(texts, add_special_tokens=False).input_ids]
@@ -146,17 +145,8 @@ def encode_prompts(problems: list[Problem], tokenizer, template: str,
         say(f"{len(prompts) - len(kept)} of {len(prompts)} prompts over {max_prompt_length} tokens "
             "were dropped")
     if not kept:
-        raise UsageError(f"no prompt has at most {max_prompt_length} tokens: "
-                         "raise --max_prompt_length")
+        raise UsageError(f"all prompts are longer: raise --max_prompt_length {max_prompt_length}")
     return kept
-
-
-def ids_before(text: str, tokenizer) -> list[int]:
-    """Return what the tokenizer puts before any text: BOS or nothing, for GLM two tokens. The EOS
-    that some put behind it is no part of a prompt."""
-    all_ids, ids = (tokenizer([text], add_special_tokens=x).input_ids[0] for x in (True, False))
-    places = [i for i in range(len(all_ids)) if all_ids[i : i + len(ids)] == ids]
-    return all_ids[: min(places, default=0)]
 
 
 class PromptSampler:
@@ -209,10 +199,10 @@ def request_seed(*key: object) -> int:
 
 @dataclass
 class Sample:
-    """One response to a prompt: token ids (the stop token included) and the log-probability with
-    which vLLM sampled each, both (T,); finish_reason is "stop" or "length" (truncated). `sample`
-    adds text, grade and reward; training adds the advantage, and the prompt once the responses of
-    all ranks are together (each rank has it, and a program's tests can be megabytes)."""
+    """One response: token ids (the stop token included) and the log-probability with which vLLM
+    sampled each, both (T,); finish_reason is "stop" or "length" (truncated). `sample` adds text,
+    grade and reward; training the advantage, and the prompt where all ranks' responses are (each
+    has it, and the tests of a program can be megabytes)."""
 
     prompt: Prompt | None
     ids: np.ndarray
@@ -225,8 +215,7 @@ class Sample:
 
     @property
     def correct(self) -> bool:
-        """Return the polarity: the grade's flag, or the advantage's sign where a reward function
-        gave none."""
+        """Return the polarity: the grade's flag, or where it has none the advantage's sign."""
         return self.advantage > 0 if self.grade.correct is None else self.grade.correct
 
 
@@ -248,12 +237,23 @@ def stop_token_ids(tokenizer, model: str, template: str = "auto") -> list[int]:
     return sorted({i for i in [tokenizer.eos_token_id, *ids] if i is not None})
 
 
+@contextlib.contextmanager
+def of_vllm(doing: str):
+    """Turn whatever vLLM raises in the block into a UsageError."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as why:
+        said = (str(why).strip() or "no message").splitlines()[-1][:300]
+        raise UsageError(f"vLLM failed {doing} ({type(why).__name__}: {said}). If it lacks memory, "
+                         "lower --max_num_seqs or --gpu_memory") from why
+
+
 class Engine:
     """vLLM in this process, one engine per rank (data parallel replicas); with tensor_parallel T,
-    one per T ranks in a row, which then must all make the same calls.
-
-    torch.distributed must be initialised, and no context longer than the model's: vLLM truncates.
-    """
+    one per T ranks in a row, which then must all make the same calls. torch.distributed must be
+    initialised, and no context be longer than the model's: vLLM would truncate silently."""
 
     @of_vllm("to start")
     def __init__(self, model: str, tokenizer, *, max_model_len: int, max_num_seqs: int = 256,
@@ -303,10 +303,9 @@ class Engine:
         self, prompts: list[Prompt], n: int, seeds: list[int], *, max_tokens: int,
         temperature: float = 1.0, top_p: float = 1.0,
     ) -> Iterator[tuple[int, Sample]]:
-        """Yield n responses to each prompt, each as it ends, while others are running. Response j
-        to prompt i comes with the index i * n + j and is sampled with seed seeds[i] + j, so it
-        depends on its own prompt and seed alone, not on what else is in the batch (on a GPU up
-        to rounding: there kernels depend on the batch's shape)."""
+        """Yield n responses to each prompt, each as it ends, while others are running: response j
+        to prompt i with the index i * n + j. Its seed is seeds[i] + j, and it depends on nothing
+        else in the batch (on a GPU up to rounding: kernels depend on the batch's shape)."""
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         if self.asleep:
@@ -414,10 +413,9 @@ def sample(
     seconds: dict[str, float], progress: str = "", **sampling: Any,
 ) -> Iterator[tuple[int, list[Sample]]]:
     """Yield (index of the prompt, its n graded samples) for this rank's share of the prompts, each
-    as soon as it is graded; the caller gathers. The prompts are dealt out to the engines, so all
-    ranks together yield the same for any number of ranks; of ranks that share an engine the first
-    yields. Grading runs in the judge's processes while the engine is still generating; `seconds`
-    gets the time spent generating, and waiting for grades after that."""
+    as soon as it is graded; the caller gathers. All ranks together yield the same for any number of
+    them; of those that share an engine the first yields. Grading runs in the judge's processes
+    while the engine generates; `seconds` gets the time of that, and of waiting for grades then."""
     mine = range(rank() // engine.tensor_parallel, len(prompts),
                  world_size() // engine.tensor_parallel)
     parts: dict[int, list] = {p: [] for p in mine}  # of each prompt: see `graded`

@@ -100,10 +100,9 @@ def _parse_row(line: str, where: str, skip_broken: bool) -> dict | None:
 
 
 def only_item(reference: Any) -> Any:
-    """Return a reference; of a list, or a JSON text of one ('["12"]'), its item, None if it has
-    none. Several stay: [1, 2] as a text is an interval."""
+    """Return a reference; of a list, or a JSON text of one ('["12"]'), its only item."""
     with suppress(TypeError, ValueError, RecursionError):
-        inside = json.loads(reference)
+        inside = json.loads(reference)  # of several numbers it is an interval
         reference = inside if '"' in reference or len(inside) == 1 else reference
     alone = isinstance(reference, list) and len(reference) < 2
     return next(iter(reference), None) if alone else reference
@@ -435,8 +434,7 @@ def _default_graders() -> Graders:
 
 
 def grade(kind: str, response: str | None, reference: Any, **options: Any) -> Grade:
-    """Grade one response (options: n_choices for choice, time_limit for code). Never raises on any
-    response; what may not return runs in a worker that is killed."""
+    """Grade one response, in a worker that is killed when late. options: n_choices, time_limit."""
     return _default_graders().submit(kind, response, reference, **options).result()
 
 

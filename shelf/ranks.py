@@ -127,19 +127,6 @@ def timed(seconds: dict[str, float], name: str):
     seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - began
 
 
-@contextlib.contextmanager
-def of_vllm(doing: str):
-    """Turn whatever vLLM raises in the block into a UsageError."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as why:
-        said = (str(why).strip() or "no message").splitlines()[-1][:300]
-        raise UsageError(f"vLLM failed {doing} ({type(why).__name__}: {said}). If it lacks memory, "
-                         "lower --max_num_seqs or --gpu_memory") from why
-
-
 def say(*parts: object) -> None:
     """Print on rank 0, above a progress bar if there is one."""
     if rank() == 0:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from rollout import Sample
 from shelf.metrics import describe
 from shelf.ranks import UsageError, say
 from verify import read_json, read_jsonl
@@ -41,16 +40,6 @@ class Console:
                  for name, form in CONSOLE.items()]
         say(f"{metrics['step']:6d}" + "".join(cells))
         self.printed, self.lines = time.time(), self.lines + 1
-
-
-def show_example(sample: Sample, tokenizer) -> None:
-    """Print one response with its mask, to see the template and where the loss applies."""
-    ids, grade, reference = sample.ids.tolist(), sample.grade, sample.prompt.problem.reference
-    say(f"--- one example: {len(sample.prompt.ids)} prompt tokens (mask 0), {len(ids)} response "
-        f"tokens (mask 1), finish reason {sample.finish_reason}\n"
-        f"[0] {tokenizer.decode(sample.prompt.ids)!r}\n[1] {tokenizer.decode(ids)!r}\n"
-        f"    extracted {grade.extracted!r}, reference {str(reference)[:200]!r}: "
-        f"{'correct' if grade.correct else 'incorrect'} ({grade.status})\n---")
 
 
 # ---- tables -------------------------------------------------------------------------------------

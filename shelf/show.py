@@ -11,9 +11,10 @@ import argparse
 import json
 from pathlib import Path
 
+from rollout import Sample
 from shelf.folder import replace_file
 from shelf.metrics import describe
-from shelf.ranks import UsageError
+from shelf.ranks import UsageError, say
 from verify import read_json, read_jsonl
 
 PAGE = Path(__file__).with_name("page.html")  # the data takes the place of /*DATA*/
@@ -22,6 +23,16 @@ CURVES = (("reward", "eval_accuracy"), ("entropy_positive", "entropy_negative", 
           ("ratio_max", "grad_norm"), ("clip_low", "clip_high"), ("mismatch_mean",))
 TABLE = ("accuracy", "accuracy_stderr", "entropy", "length", "truncated", "no_answer", "pass@2",
          "pass@4", "pass@8", "pass@16", "pass@32", "problems", "n")
+
+
+def show_example(sample: Sample, tokenizer) -> None:
+    """Print one response with its mask, to see the template and where the loss applies."""
+    ids, grade, reference = sample.ids.tolist(), sample.grade, sample.prompt.problem.reference
+    say(f"--- one example: {len(sample.prompt.ids)} prompt tokens (mask 0), {len(ids)} response "
+        f"tokens (mask 1), finish reason {sample.finish_reason}\n"
+        f"[0] {tokenizer.decode(sample.prompt.ids)!r}\n[1] {tokenizer.decode(ids)!r}\n"
+        f"    extracted {grade.extracted!r}, reference {str(reference)[:200]!r}: "
+        f"{'correct' if grade.correct else 'incorrect'} ({grade.status})\n---")
 
 
 def read(path: Path) -> list[dict]:

@@ -25,7 +25,7 @@ from shelf.checkpoints import Checkpoints
 from shelf.config import Config
 from shelf.folder import RunFolder, all_see
 from shelf.ranks import UsageError
-from shelf.report import show_example
+from shelf.show import show_example
 from verify import Grade
 
 
