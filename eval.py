@@ -116,8 +116,7 @@ def load_benchmark(name: str, bench: Benchmark, args: argparse.Namespace) -> lis
                 if bench.kind == "code" and not args.lcb_from <= day <= (args.lcb_to or day):
                     continue
                 identity = row.get(bench.id, row.get("id", Path(where).name))
-                if row.keys() >= {"Question", "Correct Answer"}:
-                    row = gpqa_row(row)
+                row = gpqa_row(row) if row.keys() >= {"Question", "Correct Answer"} else row
                 rows.append((where, row | dict(id=identity)))
         if not rows:
             window = f" with a contest date in {args.lcb_from or '...'} to {args.lcb_to or '...'}"

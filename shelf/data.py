@@ -61,16 +61,14 @@ def _hub_rows(name: str, split: str) -> Iterable[dict]:
     try:
         splits = datasets.load_dataset(name, config or None)
     except Exception as error:  # the hub client raises many kinds, all with the same meaning here
-        why = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
         raise UsageError(f"data {name!r}: no such local file, and the hub data set did not load "
-                         f"({why})") from None
+                         f"({type(error).__name__}: {str(error).splitlines()[0][:120]})") from None
     return splits[split if split in splits else next(iter(splits))]
 
 
 def to_problem(where: str, row: dict, kind: str = "", needs_answer: bool = True) -> Problem:
-    """Make a problem of a row; `where` names it in errors. kind: that of the whole file, which no
-    row may contradict, or "": each row's own, or math. needs_answer=False: answers and tests may
-    be missing, as a reward function judges."""
+    """Make a problem of a row, which `where` names in errors. kind: that of the whole file, or "":
+    the row's own, or math. needs_answer=False: answers may be missing, a reward function judges."""
     own = row.get("kind")
     hints = [x for x in ("choices", "tests", "question_content") if row.get(x)]
     column = next((column for column in TEXT_COLUMNS if row.get(column)), "problem")
@@ -78,9 +76,8 @@ def to_problem(where: str, row: dict, kind: str = "", needs_answer: bool = True)
     try:
         if isinstance(text, list):  # chat messages; the last is the problem
             for turn in text:
-                texts = isinstance(turn, dict) and (turn.get("role"), turn.get("content"))
-                require(texts and all(isinstance(x, str) for x in texts), {column: turn}, column,
-                        "turns with a role and a content, both texts")
+                types = isinstance(turn, dict) and {type(turn.get(x)) for x in ("role", "content")}
+                require(types == {str}, {column: turn}, column, "turns: texts as role and content")
             require(turn["role"] == "user", {column: turn}, column, "the user's turn at the end")
             turns, text = text[:-1], turn["content"]
         require(own in (None, kind or own) and own in (None, *KINDS), row, "kind",
@@ -180,13 +177,12 @@ def code_problem(text: str, row: dict, needs_answer: bool) -> tuple[str, dict, d
 CONVERT = dict(math=math_problem, choice=choice_problem, code=code_problem)
 
 
-def load_problems(source: str, split: str = "train", rows: Iterable | None = None,
+def load_problems(source: str, split: str = "train", rows: list | None = None,
                   **how: Any) -> list[Problem]:
     """Return a data set's problems, the first of each conversation (DAPO-Math-17k repeats each
     about 100 times). rows: those of read_rows to take; how: kind and needs_answer of to_problem."""
     problems: dict[str, Problem] = {}
-    rows = read_rows(source, split) if rows is None else rows
-    for n, (where, row) in enumerate(rows, 1):  # noqa: B007
+    for n, (where, row) in enumerate(rows or read_rows(source, split), 1):  # noqa: B007
         problem = to_problem(where, row, **how)
         problems.setdefault(repr((problem.text, problem.turns)), problem)
     if not problems:

@@ -107,7 +107,8 @@ def test_a_function_and_a_time_limit(tmp_path):
         (dict(prompt=[USER, dict(role="user")], answer="1"), {}, "not {'role': 'user'}"),
         (dict(prompt=[dict(role="system"), USER], answer="1"), {}, "not {'role': 'system'}"),
         (dict(prompt=[USER | dict(content=[dict(type="text", text="1+1?")])], answer="1"), {},
-         "field 'prompt': expected turns with a role and a content, both texts"),
+         "field 'prompt': expected turns: texts as role and content, not {'role': 'user', "
+         "'content': [{"),
         (dict(prompt=[{"from": "human", "value": "1+1?"}], answer="1"), {}, "expected turns"),
         (dict(prompt=[USER | dict(content=None)], answer="1"), {}, "expected turns"),
         (dict(prompt=[USER, ASSISTANT], answer="1"), {}, "the user's turn at the end, not {'role': "
