@@ -6,9 +6,8 @@ reward and for the benchmarks. A grader never guesses and never raises.
 Rows: {"id", "kind": "math" | "choice" | "code", "response", "answer"}; for code "question" (a
 LiveCodeBench row) in place of "answer". In Python: `grade(...)`, or a pool of workers, `Graders`.
 
-The caller extracts the answer and settles the easy cases. A worker (this file with --worker) runs
-sympy or compares program outputs, one task at a time; it is killed and replaced when late. For
-code, each worker has a sandbox (shelf/sandbox.py), which never sees an expected output.
+The caller settles the easy cases. A worker (this file with --worker) runs sympy, or for code has a
+sandbox (shelf/sandbox.py), which never sees an expected output; late, it is killed and replaced.
 """
 
 import argparse
@@ -101,9 +100,10 @@ def _parse_row(line: str, where: str, skip_broken: bool) -> dict | None:
 
 def only_item(reference: Any) -> Any:
     """Return a reference; of a list, or a JSON text of one ('["12"]'), its only item."""
-    with suppress(TypeError, ValueError, RecursionError):
-        inside = json.loads(reference)  # of several numbers it is an interval
-        reference = inside if '"' in reference or len(inside) == 1 else reference
+    with suppress(AttributeError, TypeError, ValueError, RecursionError):
+        text = reference if '"' in reference else reference.replace("'", '"')  # as Python writes it
+        inside = json.loads(text)  # of several numbers it is an interval
+        reference = inside if '"' in text or len(inside) == 1 else reference
     alone = isinstance(reference, list) and len(reference) < 2
     return next(iter(reference), None) if alone else reference
 

@@ -119,6 +119,7 @@ def test_a_function_and_a_time_limit(tmp_path):
         (MATH | dict(problem=" "), {}, "field 'problem': expected a text"),
         (MATH | dict(answer=["1", "2"]), {}, "field 'answer': expected one answer, not ['1', '2']"),
         (MATH | dict(answer='["1", "2"]'), {}, "field 'answer': expected one answer"),
+        (MATH | dict(answer="['1', '2']"), {}, "field 'answer': expected one answer"),
         (MATH | dict(answer={"value": "1"}), {}, "field 'answer': expected one answer"),
         (MATH | dict(answer='{"value": "1"}'), {}, "field 'answer': expected one answer"),
         (MATH | dict(answer=[["1"]]), {}, "field 'answer': expected one answer"),
@@ -147,6 +148,9 @@ def test_a_bad_row_is_one_sentence(tmp_path, row, how, says):
         (dict(answer='["12"]'), "12"),  # Skywork-OR1's form
         (dict(answer='["\\\\frac{1}{2}"]'), "\\frac{1}{2}"),
         (dict(answer=" [12] "), "12"),
+        (dict(answer="['12']"), "12"),  # of a list that pandas wrote as csv
+        (dict(answer="['\\\\frac{1}{2}']"), "\\frac{1}{2}"),
+        (dict(answer="f'(x)"), "f'(x)"),
         (dict(reward_model=dict(ground_truth='["12"]')), "12"),
         (dict(answer=None, final_answer=["$12$"], solution=["Add."]), "$12$"),  # OlympiadBench's
         (dict(answer="[1, 2]"), "[1, 2]"),  # an interval
