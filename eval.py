@@ -62,7 +62,7 @@ BENCHMARKS = {
     "aime24": Benchmark("math-ai/aime24", "aime24"),  # MAA, AIME I and II 2024
     "aime25": Benchmark("math-ai/aime25", "aime25"),
     "math500": Benchmark("HuggingFaceH4/MATH-500", "math500", id="unique_id"),  # arXiv 2305.20050
-    # Rein et al. 2311.12022. Its authors ask not to publish questions: we print and store none.
+    # Rein et al. 2311.12022. Its authors ask not to publish questions: we print and store none
     "gpqa": Benchmark("Idavidrein/gpqa:gpqa_diamond", "gpqa_diamond", "choice", "Record ID"),
     # Jain et al. 2403.07974. A loading script, which `datasets` no longer runs: see LCB_FILES.
     "livecodebench": Benchmark("livecodebench/code_generation_lite", kind="code", id="question_id"),
@@ -103,7 +103,7 @@ def gpqa_row(row: dict) -> dict:
     seed = rollout.request_seed("gpqa", row["Question"])
     order = np.random.default_rng(seed).permutation(4).tolist()
     return dict(problem=row["Question"], choices=[options[i] for i in order],
-                answer="ABCD"[order.index(0)])
+                answer="ABCD"[order.index(0)], unpublished=True)
 
 
 def load_benchmark(name: str, bench: Benchmark, args: argparse.Namespace) -> list[Problem]:
@@ -120,6 +120,8 @@ def load_benchmark(name: str, bench: Benchmark, args: argparse.Namespace) -> lis
                 if row.keys() >= {"Question", "Correct Answer"}:
                     row = gpqa_row(row)
                 problem = to_problem(where, row, bench.kind)
+                if "unpublished" in row:
+                    problem.options["unpublished"] = True
                 problems.setdefault(problem.text, dataclasses.replace(problem, id=str(identity)))
                 rows += 1
         if not problems:
@@ -205,12 +207,14 @@ def problem_seed(seed: int, prompt: Prompt) -> int:
 
 
 def make_records(name: str, prompt: Prompt, first: int, samples: list[Sample]) -> list[dict]:
-    """Make the lines of samples.jsonl, without the problem; first: the first sample's seed. Those
-    of math and choice can be graded again by verify.py as they are."""
-    asked = dict(kind=prompt.problem.kind, answer=prompt.problem.reference)
-    asked = asked | prompt.problem.options if asked["kind"] != "code" else dict(kind="code")
+    """Make the lines of samples.jsonl, without GPQA's problems; first: the first sample's seed.
+    Those of math and choice can be graded again by verify.py as they are."""
+    problem = prompt.problem
+    asked = {} if problem.kind == "code" else dict(answer=problem.reference) | problem.options
+    if "unpublished" not in asked:
+        asked["problem"] = problem.text
     return [
-        dict(benchmark=name, id=prompt.problem.id, sample=j, seed=first + j, **asked,
+        dict(benchmark=name, id=problem.id, sample=j, seed=first + j, kind=problem.kind, **asked,
              correct=bool(s.grade.correct), status=s.grade.status, extracted=s.grade.extracted,
              length=len(s.ids), finish_reason=s.finish_reason,
              logprob=float(s.logprobs.sum(dtype=np.float64)), response=s.text)

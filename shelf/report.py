@@ -16,10 +16,10 @@ KEPT = ("model", "n", "seed", "template", "temperature", "top_p", "max_response_
 
 # ---- the console ---------------------------------------------------------------------------------
 
-CONSOLE = {  # metric: format
-    "reward": ".3f", "entropy": ".3f", "response_length": ".1f", "rho_positive": ".3f",
-    "ratio_max": ".3f", "mismatch_mean": ".1e", "dead_groups": ".2f", "grad_norm": ".3f",
-    "tokens_per_second": ".0f", "seconds": ".2f",
+CONSOLE = {  # metric: width and format of its column; with the step 79 columns
+    "reward": (8, ".3f"), "entropy": (8, ".3f"), "response_length": (8, ".1f"),
+    "rho_positive": (7, ".3f"), "ratio_max": (10, ".3g"), "mismatch_mean": (9, ".1e"),
+    "dead_groups": (5, ".2f"), "grad_norm": (10, ".3g"), "seconds": (8, ".1f"),
 }
 
 
@@ -33,12 +33,16 @@ class Console:
         if time.time() - self.printed < 2:
             return
         if self.lines == 0:
-            say("(a line at most every two seconds; metrics.jsonl has every step)")
+            say("(a line at most every two seconds; metrics.jsonl has every step; what a heading\n"
+                "means: python eval.py glossary; |ratio-1| over 10 step after step is too much)")
         if self.lines % 20 == 0:
-            say(f"{'step':>6}" + "".join(f"{describe(name)[0]:>10}" for name in CONSOLE))
-        cells = [f"{'-':>10}" if metrics.get(name) is None else f"{metrics[name]:>10{form}}"
-                 for name, form in CONSOLE.items()]
-        say(f"{metrics['step']:6d}" + "".join(cells))
+            heads = [describe(name)[0].rjust(width) for name, (width, _) in CONSOLE.items()]
+            say("  step" + "".join(heads))
+        line = f"{metrics['step']:6d}"
+        for name, (width, form) in CONSOLE.items():
+            value = metrics.get(name)
+            line += ("-" if value is None else f"{value:{form}}").rjust(width)
+        say(line)
         self.printed, self.lines = time.time(), self.lines + 1
 
 
@@ -67,13 +71,14 @@ def score_cells(metrics: list[dict]) -> list[str]:
 
 
 def metrics_table(heading: str, rows: dict[str, dict[str, float]]) -> str:
-    """Show all metrics of each row, without columns of zeros; pass@1 is the accuracy."""
-    columns = [[heading, *rows]]
+    """Show a line for each metric, a column for each of rows, without lines of zeros; pass@1 is
+    the accuracy."""
+    lines = [[heading, *rows]]
     for key in dict.fromkeys(key for metrics in rows.values() for key in metrics):
         values = [metrics.get(key) for metrics in rows.values()]
         if key == "accuracy" or (any(values) and key not in ("pass@1", "seconds")):
-            columns.append([key, *("-" if value is None else f"{value:.4g}" for value in values)])
-    return markdown(list(zip(*columns, strict=True)))
+            lines.append([key, *("-" if value is None else f"{value:.4g}" for value in values)])
+    return markdown(lines)
 
 
 def results_table(model: str, metrics: dict[str, dict]) -> str:
@@ -97,8 +102,8 @@ def before_after(path: Path) -> str:
         return "(no held-out data was given)"
     rows = {}
     for when, record in (("before", evals[0]), ("after", evals[-1])):
-        metrics = {key[5:]: value for key, value in record.items() if key != "step"}
-        rows[f"{when} (step {record['step']})"] = metrics
+        rows[f"{when} (step {record['step']})"] = {
+            key[5:]: value for key, value in record.items() if key != "step"}
     return metrics_table("held-out", rows)
 
 
@@ -189,10 +194,22 @@ def compare(folders: list[str]) -> str:
 # ---- training curves ----------------------------------------------------------------------------
 
 PANELS = ("eval_accuracy", "reward", "entropy", "entropy_positive", "entropy_negative",
-          "response_length", "rho_positive", "clip_high", "mismatch_mean", "grad_norm",
+          "response_length", "clip_low", "clip_high", "mismatch_mean", "grad_norm",
           "dead_groups", "truncated")
-# Okabe and Ito's colours, told apart by everybody
-COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #999999".split()
+# One colour a method in all pictures: Okabe and Ito's, told apart by everybody
+COLOURS = dict(a3po="#0072B2", dapo="#D55E00", grpo="#009E73", nsr="#CC79A7", psr="#E69F00",
+               a3po_constant="#56B4E9", base="#000000", random="#999999")
+
+
+def colours_of(labels) -> dict[str, str]:
+    """Return a colour for each label of group_runs: its method's, or, without one or where that is
+    taken, one of the last."""
+    found: dict[str, str] = {}
+    for label in labels:
+        own = COLOURS.get(label.partition(",")[0], "")
+        free = [x for x in (own, *reversed(COLOURS.values())) if x and x not in found.values()]
+        found[label] = free[0] if free else "grey"
+    return found
 
 
 def group_runs(folders: list[Path]) -> dict[str, list[list[dict]]]:
@@ -211,9 +228,9 @@ def group_runs(folders: list[Path]) -> dict[str, list[list[dict]]]:
     labelled = {}
     for config, runs in groups.values():
         rivals = [c for c, _ in groups.values() if c["preset"] == config["preset"]]
-        own = [f"{key} {value}" for key, value in config.items()
+        own = [f"{key} {str(value)[-40:]}" for key, value in config.items()
                if any(rival.get(key) != value for rival in rivals)]
-        labelled[", ".join([config["preset"], *own])[:60]] = runs
+        labelled[", ".join([config["preset"], *own])] = runs
     return labelled
 
 
@@ -237,33 +254,33 @@ def draw_series(axis, runs: list[list[dict]], name: str, label: str, colour: str
 def draw_runs(folders: list[Path]):
     """Return a matplotlib figure of the metrics of one or many runs, without empty panels."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import PercentFormatter
 
     groups = group_runs(folders)
+    colours = colours_of(groups)
     everything = [record for runs in groups.values() for run in runs for record in run]
     panels = [name for name in PANELS if any(r.get(name) is not None for r in everything)]
     rows = -(-len(panels) // 3)
     figure = Figure((11, 0.6 + 2.5 * rows), layout="constrained")
     for i, name in enumerate(panels):
         axis = figure.add_subplot(rows, 3, i + 1)
-        for (label, runs), colour in zip(groups.items(), COLOURS * len(groups), strict=False):
+        for label, runs in groups.items():
             if all(any(r.get(name) is not None for r in run) for run in runs):
-                draw_series(axis, runs, name, label, colour)
+                draw_series(axis, runs, name, label, colours[label])
         label, unit, _ = describe(name)
         axis.set_title(label if unit == "share" else f"{label}, {unit}")
         axis.grid(alpha=0.3)
         if unit == "share":
             axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    counts = [len(runs) for runs in groups.values()]
-    seeds = " and ".join(map(str, sorted(set(counts))))
-    title = f"{', '.join(groups)}: " if len(groups) == 1 else ""
-    title += (f"mean over {seeds} seeds, bands and bars: one standard deviation"
-              if max(counts) > 1 else "one run" + " each" * (len(groups) > 1) + ", bars: standard "
-              "errors")
+    counts = sorted({len(runs) for runs in groups.values()})
+    title = "one run a line, bars: standard errors"
+    if counts != [1]:
+        seeds = " and ".join(map(str, counts))
+        title = f"mean over {seeds} seeds, bands and bars: one standard deviation"
     figure.suptitle(f"{title}; by training step")
-    if len(groups) > 1:
-        handles = figure.axes[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=min(len(groups), 4))
+    lines = [Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
+    figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 4))
     return figure
 
 
