@@ -51,24 +51,23 @@ def of_training(folder: Path) -> dict:
     evals = [{k[5:]: v for k, v in x.items() if k.startswith("eval_")} | dict(step=x["step"])
              for x in metrics if "eval_accuracy" in x]
     rows = {f"held out, step {x['step']}": x for x in (evals[:1] + evals[1:][-1:])}
-    responses = read(folder / "tokens.jsonl") or [
-        x | dict(text=x["response"], reference=x["answer"]) for x in read(folder / "rollouts.jsonl")
-    ]
+    responses = read(folder / "tokens.jsonl") or read(folder / "rollouts.jsonl")
     about = {k: v for k, v in settings.items() if k in usual} | settings.get("environment", {})
     return dict(title=f"{settings['preset']} on {Path(settings['data']).name}", changed=changed,
                 about=[[k, str(v)] for k, v in about.items()], curves=curves, table=table(rows),
-                responses=responses, clip=[settings["clip_low"], settings["clip_high"]])
+                responses=responses, clip=[settings["clip_low"], settings["clip_high"]],
+                unit="step")
 
 
 def of_evaluation(folder: Path) -> dict:
     """Return what the page shows of an evaluation."""
     results = read_json(folder / "results.json")
     about = results["settings"] | results["environment"]
-    responses = [x | dict(text=x["response"], problem=f"{x['benchmark']}: {x['id']}",
-                          reference=x.get("answer")) for x in read(folder / "samples.jsonl")]
+    responses = [dict(problem=f"{x['id']} (its question is not kept)") | x
+                 for x in read(folder / "samples.jsonl")]
     return dict(title=f"evaluation of {results['settings']['model']}", changed=[],
                 about=[[k, str(v)] for k, v in about.items()], curves=[],
-                table=table(results["benchmarks"]), responses=responses, clip=[0, 0])
+                table=table(results["benchmarks"]), responses=responses, unit="benchmark")
 
 
 def page(data: dict) -> str:
