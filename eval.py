@@ -17,9 +17,9 @@ alone, and fail if they exit with an error.
 
 Samples are the same for any number of ranks, and after a kill and a restart with the same --out,
 which gets results.json (numbers, versions, prompts, sampling, commit) and samples.jsonl (every
-response and verdict). Without a hub: --data-dir with aime24, aime25, aime26, hmmt_feb_2025,
-math500, gsm8k_test, gpqa_diamond (gated), as .jsonl, .parquet or .csv, and LiveCodeBench's
-test.jsonl ... test6.jsonl.
+question but GPQA's, response and verdict). Without a hub: --data-dir with aime24, aime25, aime26,
+hmmt_feb_2025, math500, gsm8k_test, gpqa_diamond (gated), as .jsonl, .parquet or .csv, and
+LiveCodeBench's test.jsonl ... test6.jsonl.
 """
 
 import argparse
@@ -210,9 +210,9 @@ def make_records(name: str, prompt: Prompt, first: int, samples: list[Sample]) -
     """Make the lines of samples.jsonl, without GPQA's problems; first: the first sample's seed.
     Those of math and choice can be graded again by verify.py as they are."""
     problem = prompt.problem
-    asked = {} if problem.kind == "code" else dict(answer=problem.reference) | problem.options
-    if "unpublished" not in asked:
-        asked["problem"] = problem.text
+    asked = {} if "unpublished" in problem.options else dict(problem=problem.text)
+    if problem.kind != "code":
+        asked |= dict(answer=problem.reference) | problem.options
     return [
         dict(benchmark=name, id=problem.id, sample=j, seed=first + j, kind=problem.kind, **asked,
              correct=bool(s.grade.correct), status=s.grade.status, extracted=s.grade.extracted,

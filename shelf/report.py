@@ -2,7 +2,9 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -70,15 +72,15 @@ def score_cells(metrics: list[dict]) -> list[str]:
     return [f"{100 * m:.1f} ± {100 * e:.1f}" for m, e in zip(means, errors, strict=True)]
 
 
-def metrics_table(heading: str, rows: dict[str, dict[str, float]]) -> str:
-    """Show a line for each metric, a column for each of rows, without lines of zeros; pass@1 is
-    the accuracy."""
-    lines = [[heading, *rows]]
-    for key in dict.fromkeys(key for metrics in rows.values() for key in metrics):
-        values = [metrics.get(key) for metrics in rows.values()]
+def metric_rows(heading: str, columns: dict[str, dict[str, float]]) -> list[list[str]]:
+    """Return heading and rows of a table, a row for each metric that is not 0 in all columns;
+    pass@1 is the accuracy."""
+    rows = [[heading, *columns]]
+    for key in dict.fromkeys(key for metrics in columns.values() for key in metrics):
+        values = [metrics.get(key) for metrics in columns.values()]
         if key == "accuracy" or (any(values) and key not in ("pass@1", "seconds")):
-            lines.append([key, *("-" if value is None else f"{value:.4g}" for value in values)])
-    return markdown(lines)
+            rows.append([key, *("-" if value is None else f"{value:.4g}" for value in values)])
+    return rows
 
 
 def results_table(model: str, metrics: dict[str, dict]) -> str:
@@ -88,23 +90,21 @@ def results_table(model: str, metrics: dict[str, dict]) -> str:
     if len(metrics) > 5 and metrics.keys() >= set(PAPER):
         heads.append("paper's five")
         cells.append(score_cells([metrics[name] for name in PAPER])[-1])
-    scores = [heads, [model, *cells]]
     note = ("accuracy (avg@n) in percent ± standard error, clustered by problem; the paper's "
             f"average is over {', '.join(PAPER)}\n"
             "below, lengths are in tokens and metrics that are 0 everywhere are not shown")
-    return "\n\n".join([markdown(scores), note, metrics_table("benchmark", metrics)])
+    tables = [heads, [model, *cells]], metric_rows("benchmark", metrics)
+    return f"{markdown(tables[0])}\n\n{note}\n\n{markdown(tables[1])}"
 
 
-def before_after(path: Path) -> str:
+def before_after(path: Path, form: Callable = markdown) -> Any:
     """Show the first and the last evaluation of a run's metrics.jsonl."""
     evals = [record for _, record in read_jsonl(path) if "eval_accuracy" in record]
-    if not evals:
-        return "(no held-out data was given)"
-    rows = {}
-    for when, record in (("before", evals[0]), ("after", evals[-1])):
-        rows[f"{when} (step {record['step']})"] = {
+    columns = {}
+    for when, record in zip(("before", "after"), evals[:1] + evals[-1:], strict=False):
+        columns[f"{when} (step {record['step']})"] = {
             key[5:]: value for key, value in record.items() if key != "step"}
-    return metrics_table("held-out", rows)
+    return form(metric_rows("held-out" if evals else "no held-out data was given", columns))
 
 
 SPEEDS = dict(flops=990e12, update=0.4, score=0.4, generate=0.08)  # an H100's, and shares of it
@@ -206,9 +206,8 @@ def colours_of(labels) -> dict[str, str]:
     taken, one of the last."""
     found: dict[str, str] = {}
     for label in labels:
-        own = COLOURS.get(label.partition(",")[0], "")
-        free = [x for x in (own, *reversed(COLOURS.values())) if x and x not in found.values()]
-        found[label] = free[0] if free else "grey"
+        wanted = [COLOURS.get(label.partition(",")[0], "grey"), *reversed(COLOURS.values())]
+        found[label] = next((x for x in wanted if x not in ("grey", *found.values())), "grey")
     return found
 
 

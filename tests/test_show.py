@@ -64,7 +64,8 @@ def test_the_page_has_the_run(run_folder, capsys):
     data = data_of(run_folder / "page.html")
     assert data["responses"][2]["tokens"][0] == HOSTILE  # and the page does not end there
     assert ["lr", "0.5", "0.00015"] in data["changed"] and len(data["changed"]) == 1
-    assert [row[0] for row in data["table"]] == ["", "held out, step 0", "held out, step 3"]
+    assert data["table"] == [["held-out", "before (step 0)", "after (step 3)"],
+                             ["accuracy", "0.2", "0.6"], ["n", "4", "4"]]
     assert data["curves"][0][0]["points"] == [[0, 0], [1, 0.25], [2, 0.5]]
     evaluation.main(["show", str(run_folder), "--step=1", f"--out={run_folder}/one.html"])
     assert [x["step"] for x in data_of(run_folder / "one.html")["responses"]] == [1]
@@ -102,7 +103,7 @@ def test_a_run_without_tokens_is_shown_as_text(run_folder):
 
 def test_an_evaluation_is_shown_as_text(tmp_path):
     data = show.of_evaluation(evaluation_folder(tmp_path / "evaluation", 1))
-    assert [row[0] for row in data["table"]] == ["", "demo", "gpqa"]
+    assert data["table"][:2] == [["benchmark", "demo", "gpqa"], ["pass@2", "0.1235", "0.1235"]]
     assert [x["problem"] for x in data["responses"]] == ["Compute 0."] * 2 + [
         "7 (its question is not kept)"]
 
