@@ -41,7 +41,7 @@ from shelf.data import name_apart, read_rows, to_problem
 from shelf.folder import append_records, environment, folder_path, keep_records, replace_file
 from shelf.metrics import glossary
 from shelf.ranks import UsageError, gather, init_distributed, leave, rank, say, world_size
-from shelf.report import KEPT, compare, plot_runs, results_table
+from shelf.report import KEPT, compare, draw_runs, results_table
 from verify import Graders
 
 HERE = Path(__file__).resolve().parent
@@ -449,7 +449,8 @@ def main(argv: list[str] | None = None) -> None:
             parser.add_argument("--out", default="curves.png", help="the picture")
         args = parser.parse_args(argv[1:])
         if command == "plot":
-            print(plot_runs(list(map(Path, args.names)), Path(args.out)))
+            draw_runs(list(map(Path, args.names))).savefig(args.out)
+            print(args.out)
         else:
             print(compare(args.names) if command == "compare" else glossary(args.names))
     except UsageError as error:

@@ -2,9 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -97,14 +95,14 @@ def results_table(model: str, metrics: dict[str, dict]) -> str:
     return f"{markdown(tables[0])}\n\n{note}\n\n{markdown(tables[1])}"
 
 
-def before_after(path: Path, form: Callable = markdown) -> Any:
-    """Show the first and the last evaluation of a run's metrics.jsonl."""
+def before_after(path: Path) -> list[list[str]]:
+    """Return the rows of a table of the first and the last evaluation of a run's metrics.jsonl."""
     evals = [record for _, record in read_jsonl(path) if "eval_accuracy" in record]
     columns = {}
     for when, record in zip(("before", "after"), evals[:1] + evals[-1:], strict=False):
         columns[f"{when} (step {record['step']})"] = {
             key[5:]: value for key, value in record.items() if key != "step"}
-    return form(metric_rows("held-out" if evals else "no held-out data was given", columns))
+    return metric_rows("held-out" if evals else "no held-out data was given", columns)
 
 
 SPEEDS = dict(flops=990e12, update=0.4, score=0.4, generate=0.08)  # an H100's, and shares of it
@@ -202,8 +200,7 @@ COLOURS = dict(a3po="#0072B2", dapo="#D55E00", grpo="#009E73", nsr="#CC79A7", ps
 
 
 def colours_of(labels) -> dict[str, str]:
-    """Return a colour for each label of group_runs: its method's, or, without one or where that is
-    taken, one of the last."""
+    """Return a colour for each label: its method's, else, or if that is taken, one of the last."""
     found: dict[str, str] = {}
     for label in labels:
         wanted = [COLOURS.get(label.partition(",")[0], "grey"), *reversed(COLOURS.values())]
@@ -261,7 +258,7 @@ def draw_runs(folders: list[Path]):
     everything = [record for runs in groups.values() for run in runs for record in run]
     panels = [name for name in PANELS if any(r.get(name) is not None for r in everything)]
     rows = -(-len(panels) // 3)
-    figure = Figure((11, 0.6 + 2.5 * rows), layout="constrained")
+    figure = Figure((11, 0.6 + 2.5 * rows), dpi=110, layout="constrained")
     for i, name in enumerate(panels):
         axis = figure.add_subplot(rows, 3, i + 1)
         for label, runs in groups.items():
@@ -281,9 +278,3 @@ def draw_runs(folders: list[Path]):
     lines = [Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
     figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 4))
     return figure
-
-
-def plot_runs(folders: list[Path], out: Path) -> Path:
-    """Draw the metrics of one or many runs to a picture; return its path."""
-    draw_runs(folders).savefig(out, dpi=110)
-    return out

@@ -42,7 +42,7 @@ def of_training(folder: Path) -> dict:
     responses = read(folder / "tokens.jsonl") or read(folder / "rollouts.jsonl")
     about = {k: v for k, v in settings.items() if k in usual} | settings.get("environment", {})
     return dict(title=f"{settings['preset']} on {Path(settings['data']).name}", unit="step",
-                table=before_after(folder / "metrics.jsonl", list), changed=changed, about=about,
+                table=before_after(folder / "metrics.jsonl"), changed=changed, about=about,
                 curves=curves, responses=responses,
                 clip=[settings["clip_low"], settings["clip_high"]])
 
@@ -56,12 +56,6 @@ def of_evaluation(folder: Path) -> dict:
     return dict(title=f"evaluation of {results['settings']['model']}", unit="benchmark",
                 table=metric_rows("benchmark", results["benchmarks"]), changed=[], about=about,
                 curves=[], responses=responses)
-
-
-def page(data: dict) -> str:
-    """Return the page. In a script element only "<" could end the data."""
-    packed = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    return PAGE.read_text("utf-8").replace("/*DATA*/", packed)
 
 
 def main(argv: list[str]) -> None:
@@ -82,5 +76,6 @@ def main(argv: list[str]) -> None:
         if not data["responses"]:
             raise UsageError(f"--step {args.step}: no response of that step was kept")
     out = args.out or args.run / "page.html"
-    replace_file(out, page(data))
+    packed = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # it ends no script
+    replace_file(out, PAGE.read_text("utf-8").replace("/*DATA*/", packed))
     print(f"{out}: {len(data['responses'])} responses, {out.stat().st_size / 1e6:.1f} MB")
