@@ -120,8 +120,6 @@ def load_benchmark(name: str, bench: Benchmark, args: argparse.Namespace) -> lis
                 if row.keys() >= {"Question", "Correct Answer"}:
                     row = gpqa_row(row)
                 problem = to_problem(where, row, bench.kind)
-                if "unpublished" in row:
-                    problem.options["unpublished"] = True
                 problems.setdefault(problem.text, dataclasses.replace(problem, id=str(identity)))
                 rows += 1
         if not problems:
