@@ -170,8 +170,8 @@ def test_readme_is_one_sitting():
     assert max(map(len, (ROOT / "README.md").read_text().splitlines())) <= 120
 
 
-ORDER = """ranks sandbox answers verify rollout config data metrics report folder model checkpoints
-checks show eval a3po plan""".split()  # from the ground up
+ORDER = """ranks sandbox latex answers verify rollout config data metrics report folder model
+checkpoints checks show eval a3po plan""".split()  # from the ground up
 
 
 def imported_by(path: Path) -> set[str]:

@@ -21,7 +21,7 @@ from rollout import Problem, Prompt, Sample
 from shelf import metrics as words
 from shelf import report
 from shelf.ranks import UsageError
-from verify import Graders
+from verify import Grade, Graders
 
 # ---- estimators ---------------------------------------------------------------------------------
 
@@ -190,6 +190,22 @@ def test_gpqa_shuffles_by_question_alone(tmp_path):
     assert all(4 <= letters.count(x) <= 18 for x in "ABCD")  # 40 fair draws
     write(tmp_path / "gpqa_diamond.jsonl", rows[::-1])
     assert [p.reference for p in load("gpqa", tmp_path)] == letters[::-1]
+
+
+@pytest.mark.parametrize("row, kept", [
+    (dict(problem="1+1?", answer="2"), True),
+    (dict(prompt="1+1?", answer="2", unpublished=True), False),
+    (gpqa_rows(1)[0], False)])
+def test_what_is_not_published_is_not_kept(row, kept, tmp_path):
+    """GPQA's questions, whatever the file's name, and what a row says of itself."""
+    write(tmp_path / "mine.jsonl", [row])
+    kind = "math" if "answer" in row else "choice"
+    bench = evaluation.Benchmark(str(tmp_path / "mine.jsonl"), kind=kind)
+    args = Namespace(data_dir="", lcb_release=0, lcb_from="", lcb_to="", limit=0)
+    [problem] = evaluation.load_benchmark("mine", bench, args)
+    sample = Sample(Prompt(problem, [1]), np.ones(1), np.ones(1), "stop", "r", Grade(False, None))
+    [record] = evaluation.make_records("mine", Prompt(problem, [1]), 0, [sample])
+    assert record.get("problem") == (problem.text if kept else None)
 
 
 def test_gpqa_csv(tmp_path):
