@@ -597,7 +597,9 @@ def test_glossary(capsys, monkeypatch):
     assert [x.split()[0] for x in text if x[0] != " "] == [*report.CONSOLE, "ratio_max"]
     with pytest.raises(SystemExit):
         evaluation.main(["glossary", "nope"])
-    assert capsys.readouterr().err == "error: glossary nope: no such metric; give none to see all\n"
+    assert capsys.readouterr().err == (
+        "error: glossary nope: no such metric; give none to see all, and a heading of two words in "
+        "quotes\n")
 
 
 def test_help_has_the_protocol_and_the_file_names(capsys):
