@@ -181,8 +181,8 @@ def glossary(names: list[str]) -> str:
         try:
             label, unit, meaning = describe(name)
         except KeyError:
-            raise UsageError(f"glossary {name}: no such metric; give none to see all, and a heading "
-                             "of two words in quotes") from None
+            raise UsageError(f"glossary {name}: no such metric; give none to see all, and a "
+                             "heading of two words in quotes") from None
         text = f"{name:{column}}{label}, {unit}: {meaning}"
         lines.append(textwrap.fill(text, width, subsequent_indent=" " * column))
     return "\n".join(lines)

@@ -276,5 +276,6 @@ def draw_runs(folders: list[Path]):
         title = f"mean over {seeds} seeds, bands and bars: one standard deviation"
     figure.suptitle(f"{title}; by training step")
     lines = [Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
-    figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 4))
+    columns = max(1, 120 // (8 + max(map(len, colours))))  # that are as wide as the picture
+    figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), columns))
     return figure

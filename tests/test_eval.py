@@ -771,3 +771,7 @@ def test_groups_of_one_preset_are_told_apart_by_what_differs(tmp_path):
         config |= dict(lr=1e-5, data=f"{'x' * 80}/{data}")
         (folder / "config.json").write_text(json.dumps(config))
     assert len(report.group_runs(folders)) == 2
+    figure = report.draw_runs(folders)
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width  # the longest labels are in the picture
