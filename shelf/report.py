@@ -170,9 +170,8 @@ def compare(folders: list[str]) -> str:
         raise UsageError("these evaluations have no problem in common")
     headings = [f"{name} ({scores.shape[1]})" for name, scores in common.items()]
     rows = [["accuracy, %", *headings, "average"]]
-    notes = ["(problems in common); in brackets the difference from the first row with its 95 % "
-             "interval, by paired bootstrap over the problems in common;\n* = significant: the "
-             "interval excludes 0; not corrected for several comparisons"]
+    notes = ["(problems in common); [95 % interval] of the difference from the first row, by paired "
+             "bootstrap;\n* = it excludes 0; this is not corrected for several comparisons"]
     for number, (folder, run) in enumerate(zip(folders, runs, strict=True)):
         cells = score_cells([run["benchmarks"][name] for name in common])
         deltas = [scores[number] - scores[0] for scores in common.values()]
@@ -191,9 +190,8 @@ def compare(folders: list[str]) -> str:
 
 # ---- training curves ----------------------------------------------------------------------------
 
-PANELS = ("eval_accuracy", "reward", "entropy", "entropy_positive", "entropy_negative",
-          "response_length", "clip_low", "clip_high", "mismatch_mean", "grad_norm",
-          "dead_groups", "truncated")
+PANELS = """eval_accuracy reward entropy entropy_positive entropy_negative response_length clip_low
+    clip_high mismatch_mean grad_norm dead_groups truncated""".split()
 # One colour a method in all pictures: Okabe and Ito's, told apart by everybody
 COLOURS = dict(a3po="#0072B2", dapo="#D55E00", grpo="#009E73", nsr="#CC79A7", psr="#E69F00",
                a3po_constant="#56B4E9", base="#000000", random="#999999")
