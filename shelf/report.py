@@ -170,8 +170,8 @@ def compare(folders: list[str]) -> str:
         raise UsageError("these evaluations have no problem in common")
     headings = [f"{name} ({scores.shape[1]})" for name, scores in common.items()]
     rows = [["accuracy, %", *headings, "average"]]
-    notes = ["(problems in common); [95 % interval] of the difference from the first row, by paired "
-             "bootstrap;\n* = it excludes 0; this is not corrected for several comparisons"]
+    notes = ["(problems in common); [95 % interval] of the difference from the first row, by "
+             "paired bootstrap;\n* = it excludes 0; not corrected for several comparisons"]
     for number, (folder, run) in enumerate(zip(folders, runs, strict=True)):
         cells = score_cells([run["benchmarks"][name] for name in common])
         deltas = [scores[number] - scores[0] for scores in common.values()]
