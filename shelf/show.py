@@ -33,8 +33,9 @@ def of_training(folder: Path) -> dict:
 
     settings = read_json(folder / "config.json")
     usual = vars(defaults(settings["setting"], settings["preset"]))
-    changed = [[name, str(value), str(usual[name])] for name, value in settings.items()
-               if name in usual and value != usual[name] and name not in ("output_dir", "resume")]
+    changed = [["not the default", "value", "default"]]
+    changed += [[name, str(value), str(usual[name])] for name, value in settings.items()
+                if name in usual and value != usual[name] and name not in ("output_dir", "resume")]
     metrics = read(folder / "metrics.jsonl")
     curves = [[dict(label=", ".join(describe(name)[:2]), meaning=describe(name)[2], points=[
         [x["step"], x[name]] for x in metrics if x.get(name) is not None]) for name in names]

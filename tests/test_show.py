@@ -21,7 +21,7 @@ HOSTILE = "</script><script>document.title = 'taken over'</script><img src=x one
 def response(step, correct, tokens, **more):
     n = len(tokens)
     return dict(
-        step=step, id="p1", problem=f"Compute {step}.", reference="3", reward=float(correct),
+        step=step, id="p1", problem=f"Compute {step}.", reference="3", reward=float(correct or 0),
         correct=correct, status="ok", extracted="3", finish_reason="stop",
         advantage=1.0 if correct else -1.0, tokens=tokens, vllm=[-0.1] * n, old=[-0.1, -2.0, -0.5],
         new=[-0.1, -1.0, -0.5], entropy=[0.1, 1.5, 0.2], weight=[1.0, 2.0, 1.0]) | more
@@ -50,7 +50,7 @@ def run_folder(tmp_path):
         response(0, True, ["1+2", "=3", "<eos>"]),
         response(0, False, ["1+2", "=4", "<eos>"], weight=[0.0, 1.0, 1.0]),
         response(1, False, [HOSTILE, "x", "y"], status="no_answer", problem=HOSTILE),
-        response(2, True, ["a", "b", "c"], old=None, new=None, entropy=None, weight=None)])
+        response(2, None, ["a", "b", "c"], old=None, new=None, entropy=None, weight=None)])
 
 
 def data_of(path):
@@ -63,7 +63,7 @@ def test_the_page_has_the_run(run_folder, capsys):
     assert "4 responses" in capsys.readouterr().out
     data = data_of(run_folder / "page.html")
     assert data["responses"][2]["tokens"][0] == HOSTILE  # and the page does not end there
-    assert ["lr", "0.5", "0.00015"] in data["changed"] and len(data["changed"]) == 1
+    assert ["lr", "0.5", "0.00015"] in data["changed"] and len(data["changed"]) == 2
     assert data["table"] == [["held-out", "before (step 0)", "after (step 3)"],
                              ["accuracy", "0.2", "0.6"], ["n", "4", "4"]]
     assert data["curves"][0][0]["points"] == [[0, 0], [1, 0.25], [2, 0.5]]
@@ -120,12 +120,14 @@ result.push($("main").querySelector("h2").textContent === HOSTILE);
 set("status", "all", "change"); set("verdict", "all", "change");
 set("search", "=3", "input"); result.push(count());
 set("search", "", "input"); set("part", "2", "change"); result.push(count());
+const unjudged = document.querySelector(".response small").textContent.split(" · ")[0];
 set("part", "all", "change"); press("j"); press("j"); press("j"); press("k");
 result.push([...$("list").children].findIndex(b => b.classList.contains("here")));
 press("k");
 const tokens = [...document.querySelectorAll(".text span")], token = tokens[1];
 token.dispatchEvent(new MouseEvent("mousemove", {bubbles: true, clientX: 5, clientY: 5}));
-result.push($("tip").textContent, tokens.map(t => t.className).join(), document.title);
+result.push($("tip").textContent, tokens.map(t => t.className).join(), document.title,
+  unjudged);
 document.body.dataset.result = JSON.stringify(result);
 </script></html>"""
 
@@ -156,7 +158,7 @@ def test_a_browser_shows_it(run_folder, tmp_path):
     assert result[6] == 1
     assert "probability 0.1353" in result[7] and "ratio 2.718, clipped" in result[7]
     assert "advantage 1 x 2 = 2.000" in result[7] and "entropy 1.500 nats" in result[7]
-    assert result[8:] == [",chosen,,,chosen,chosen", "dapo on train.jsonl"]
+    assert result[8:] == [",chosen,,,chosen,chosen", "dapo on train.jsonl", "not judged"]
 
 
 def evaluation_folder(folder, problems: int):
