@@ -29,7 +29,7 @@ our reading where none says.
 
 Left out: a critic (the group is the baseline), sequence and tensor parallel training (FSDP shards
 what has to be), asynchronous rollouts (the policy that is updated is the one that sampled), LoRA
-(the paper trains all weights), several turns and tools (a response is one answer).
+(the paper trains all weights), multi-turn and tools (a response is one answer).
 
 Shapes: P prompts, G responses to each, B responses in a batch, T response tokens, N packed tokens
 (prompts and responses), R response tokens without padding.
@@ -85,16 +85,17 @@ def group_advantages(
 ) -> torch.Tensor:
     """Return GRPO's advantage of each response in its group [C]; norm_std=False is Dr. GRPO's.
 
-    rewards and result: (P * G,), the G responses to a prompt side by side. The standard deviation
-    is the unbiased one; a group of one has mean 0 and deviation 1.
+    rewards: (P * G,) of any dtype, the G responses to a prompt side by side; result: float32. The
+    standard deviation is the unbiased one; a group of one has mean 0 and deviation 1.
     """
+    rewards = rewards.float().double()  # sums of float32 are exact: equal rewards have advantage 0
     if group_size == 1 or not len(rewards):
-        return rewards / (1 + eps) if norm_std else rewards.clone()
+        return (rewards / (1 + eps) if norm_std else rewards).float()
     groups = rewards.view(len(rewards) // group_size, group_size)
     advantages = groups - groups.mean(1, keepdim=True)
     if norm_std:
         advantages = advantages / (groups.std(1, keepdim=True) + eps)
-    return advantages.view(-1)
+    return advantages.flatten().float()
 
 
 def overlong_penalty(lengths: torch.Tensor, max_length: int, buffer: int) -> torch.Tensor:

@@ -185,6 +185,24 @@ def test_group_advantages_equal_the_loop(norm_std):
     assert (actual[-6:] == 0).all()  # a dead group
 
 
+@pytest.mark.parametrize("size", [2, 3, 6, 7, 8, 16, 100])
+@pytest.mark.parametrize("value", [0.1, 0.7, 100.3, 1 / 3, 1e-30, 1e30, -2.2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_equal_rewards_have_no_advantage(size, value, dtype):
+    """In float32 the mean of eight 0.7 is not 0.7, and Adam makes full updates of what is left."""
+    rewards = torch.full((3 * size,), value, dtype=dtype)
+    for norm_std in (True, False):
+        advantages = a3po.group_advantages(rewards, size, norm_std)
+        assert advantages.dtype == torch.float32 and not advantages.any()
+
+
+def test_rewards_of_any_type_have_advantages():
+    expected = a3po.group_advantages(torch.tensor([1.0, 0.0, 1.0, 0.0]), 4)
+    for dtype in (torch.bool, torch.int64, torch.float16, torch.float64):
+        rewards = torch.tensor([1, 0, 1, 0], dtype=dtype)
+        assert torch.equal(a3po.group_advantages(rewards, 4), expected)
+
+
 def test_group_of_one():
     alone = a3po.group_advantages(torch.tensor([1.0, 0.0]), 1)
     assert torch.allclose(alone, torch.tensor([1.0, 0.0]))
