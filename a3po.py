@@ -29,7 +29,7 @@ our reading where none says.
 
 Left out: a critic (the group is the baseline), sequence and tensor parallel training (FSDP shards
 what has to be), asynchronous rollouts (the policy that is updated is the one that sampled), LoRA
-(the paper trains all weights), several turns and tools (a response is one answer).
+(the paper trains all weights), multi-turn and tools (a response is one answer).
 
 Shapes: P prompts, G responses to each, B responses in a batch, T response tokens, N packed tokens
 (prompts and responses), R response tokens without padding.
@@ -55,9 +55,9 @@ try:
 
     import eval as evaluation
     import rollout
-    from model import GPU, Policy, adam, collate, deal, distribute, full_weights, load_model, pack
+    from model import Policy, adam, collate, deal, distribute, full_weights, load_model, pack
     from rollout import Prompt, Sample, empty_sample, is_live, reward_failed
-    from shelf import checks, memory, ranks
+    from shelf import checks, memory, ranks, show
     from shelf.checkpoints import Checkpoints
     from shelf.config import Config, check_config, parse_args
     from shelf.data import read_prompts
@@ -432,7 +432,7 @@ def diagnose(history: list[dict[str, float]], mini_batches: int) -> dict[str, fl
         grad_norm=sum(norms) / len(norms) if norms else None,
         updates=len(norms),
         skipped_updates=len(history) - len(norms),
-        **(dict(memory_gib=memory.trainer_memory()) if GPU else {}),
+        **(dict(memory_gib=memory.trainer_memory()) if torch.cuda.is_available() else {}),
     )
 
 
@@ -546,7 +546,7 @@ def load_inputs(config: Config):
     """Return tokenizer, prompt sampler, held-out prompts and the judge that --reward names, or
     None; bad input is refused here. Rank 0 alone reads the data."""
     tokenizer, model_config = rollout.load_tokenizer(
-        config.model, config.max_prompt_length, config.max_response_length)
+        config.model, config.max_prompt_length, config.max_response_length, config.template)
     checks.check_model(config.model, model_config)
     judge = None
     if config.reward:
@@ -657,7 +657,7 @@ def train(config: Config, run: RunFolder) -> None:
             set_advantages(groups, config)
             engine.sleep()
             if step == start:
-                rollout.show_example(drawn[0][0], tokenizer)
+                show.show_example(drawn[0][0], tokenizer)
             # Score: what the policy that sampled says of each token, before it changes
             with timed(seconds, "score"):
                 mini_batches = make_batches(groups, config, step, device, kernel)

@@ -17,9 +17,9 @@ alone, and fail if they exit with an error.
 
 Samples are the same for any number of ranks, and after a kill and a restart with the same --out,
 which gets results.json (numbers, versions, prompts, sampling, commit) and samples.jsonl (every
-response and verdict). Without a hub: --data-dir with aime24, aime25, aime26, hmmt_feb_2025,
-math500, gsm8k_test, gpqa_diamond (gated), as .jsonl, .parquet or .csv, and LiveCodeBench's
-test.jsonl ... test6.jsonl.
+question but GPQA's, response and verdict). Without a hub: --data-dir with aime24, aime25, aime26,
+hmmt_feb_2025, math500, gsm8k_test, gpqa_diamond (gated), as .jsonl, .parquet or .csv, and
+LiveCodeBench's test.jsonl ... test6.jsonl.
 """
 
 import argparse
@@ -37,11 +37,11 @@ import numpy as np
 import rollout
 import verify
 from rollout import Problem, Prompt, Sample
-from shelf.data import name_apart, read_rows, to_problem
+from shelf.data import load_problems, name_apart, read_rows
 from shelf.folder import append_records, environment, folder_path, keep_records, replace_file
 from shelf.metrics import glossary
 from shelf.ranks import UsageError, gather, init_distributed, leave, rank, say, world_size
-from shelf.report import KEPT, compare, plot_runs, results_table
+from shelf.report import KEPT, compare, draw_runs, results_table
 from verify import Graders
 
 HERE = Path(__file__).resolve().parent
@@ -62,7 +62,7 @@ BENCHMARKS = {
     "aime24": Benchmark("math-ai/aime24", "aime24"),  # MAA, AIME I and II 2024
     "aime25": Benchmark("math-ai/aime25", "aime25"),
     "math500": Benchmark("HuggingFaceH4/MATH-500", "math500", id="unique_id"),  # arXiv 2305.20050
-    # Rein et al. 2311.12022. Its authors ask not to publish questions: we print and store none.
+    # Rein et al. 2311.12022. Its authors ask not to publish questions: we print and store none
     "gpqa": Benchmark("Idavidrein/gpqa:gpqa_diamond", "gpqa_diamond", "choice", "Record ID"),
     # Jain et al. 2403.07974. A loading script, which `datasets` no longer runs: see LCB_FILES.
     "livecodebench": Benchmark("livecodebench/code_generation_lite", kind="code", id="question_id"),
@@ -103,13 +103,12 @@ def gpqa_row(row: dict) -> dict:
     seed = rollout.request_seed("gpqa", row["Question"])
     order = np.random.default_rng(seed).permutation(4).tolist()
     return dict(problem=row["Question"], choices=[options[i] for i in order],
-                answer="ABCD"[order.index(0)])
+                answer="ABCD"[order.index(0)], unpublished=True)
 
 
 def load_benchmark(name: str, bench: Benchmark, args: argparse.Namespace) -> list[Problem]:
-    """Read a benchmark's problems, at most --limit, with distinct texts and ids."""
-    problems: dict[str, Problem] = {}
-    rows = 0
+    """Read a benchmark's problems, at most --limit, with distinct ids."""
+    rows = []
     try:
         for source in find_sources(name, bench, args):
             for where, row in read_rows(source, "test"):  # or its only split
@@ -117,19 +116,15 @@ def load_benchmark(name: str, bench: Benchmark, args: argparse.Namespace) -> lis
                 if bench.kind == "code" and not args.lcb_from <= day <= (args.lcb_to or day):
                     continue
                 identity = row.get(bench.id, row.get("id", Path(where).name))
-                if row.keys() >= {"Question", "Correct Answer"}:
-                    row = gpqa_row(row)
-                problem = to_problem(where, row, bench.kind)
-                problems.setdefault(problem.text, dataclasses.replace(problem, id=str(identity)))
-                rows += 1
-        if not problems:
+                row = gpqa_row(row) if row.keys() >= {"Question", "Correct Answer"} else row
+                rows.append((where, row | dict(id=identity)))
+        if not rows:
             window = f" with a contest date in {args.lcb_from or '...'} to {args.lcb_to or '...'}"
             raise UsageError("no problems" + window * (bench.kind == "code"))
+        problems = load_problems(name, rows=rows, kind=bench.kind)
     except UsageError as error:
         raise UsageError(f"benchmark {name}: {error}") from None
-    if rows > len(problems):
-        say(f"{name}: {rows - len(problems)} of {rows} rows repeat a problem and were dropped")
-    return name_apart(list(problems.values())[: args.limit or None])
+    return name_apart(problems[: args.limit or None])
 
 
 # ---- numbers ------------------------------------------------------------------------------------
@@ -201,16 +196,18 @@ def summarize(kind: str, groups: list[list[dict]]) -> dict[str, float]:
 
 def problem_seed(seed: int, prompt: Prompt) -> int:
     """Return the seed of a problem's first sample; sample j uses this + j."""
-    return rollout.request_seed("eval", seed, prompt.problem.text)
+    return rollout.request_seed("eval", seed, prompt.problem.text, *prompt.problem.turns)
 
 
 def make_records(name: str, prompt: Prompt, first: int, samples: list[Sample]) -> list[dict]:
-    """Make the lines of samples.jsonl, without the problem; first: the first sample's seed. Those
-    of math and choice can be graded again by verify.py as they are."""
-    asked = dict(kind=prompt.problem.kind, answer=prompt.problem.reference)
-    asked = asked | prompt.problem.options if asked["kind"] != "code" else dict(kind="code")
+    """Make the lines of samples.jsonl, without GPQA's problems; first: the first sample's seed.
+    Those of math and choice can be graded again by verify.py as they are."""
+    problem = prompt.problem
+    asked = {} if "unpublished" in problem.options else dict(problem=problem.text)
+    if problem.kind != "code":
+        asked |= dict(answer=problem.reference) | problem.options
     return [
-        dict(benchmark=name, id=prompt.problem.id, sample=j, seed=first + j, **asked,
+        dict(benchmark=name, id=problem.id, sample=j, seed=first + j, kind=problem.kind, **asked,
              correct=bool(s.grade.correct), status=s.grade.status, extracted=s.grade.extracted,
              length=len(s.ids), finish_reason=s.finish_reason,
              logprob=float(s.logprobs.sum(dtype=np.float64)), response=s.text)
@@ -381,7 +378,8 @@ def check_args(args: argparse.Namespace) -> dict[str, Benchmark]:
 def run(args: argparse.Namespace) -> None:
     """Evaluate every benchmark on one engine; print the tables, write --out."""
     benches = check_args(args)
-    tokenizer, config = rollout.load_tokenizer(args.model, 0, args.max_response_length)
+    tokenizer, config = rollout.load_tokenizer(
+        args.model, 0, args.max_response_length, args.template)
     args.max_response_length = args.max_response_length or 8192
     if config.num_attention_heads % args.tensor_parallel:
         raise UsageError(f"--tensor_parallel {args.tensor_parallel} does not divide the model's "
@@ -445,7 +443,8 @@ def main(argv: list[str] | None = None) -> None:
             parser.add_argument("--out", default="curves.png", help="the picture")
         args = parser.parse_args(argv[1:])
         if command == "plot":
-            print(plot_runs(list(map(Path, args.names)), Path(args.out)))
+            draw_runs(list(map(Path, args.names))).savefig(args.out)
+            print(args.out)
         else:
             print(compare(args.names) if command == "compare" else glossary(args.names))
     except UsageError as error:

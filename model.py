@@ -15,8 +15,6 @@ from torch import nn
 from rollout import Sample
 from shelf.ranks import UsageError, world_size
 
-GPU = torch.cuda.is_available()  # where matrix products of 16 bits can have 32-bit results
-
 # ---- token log-probabilities --------------------------------------------------------------------
 
 
@@ -87,7 +85,7 @@ class TokenLogprobs(torch.autograd.Function):
 def compute_logits(hidden, weight, temperature):
     """Return hidden @ weight.T / temperature in float32: (N, H), (V, H) -> (N, V). In 16 bits the
     logits would be rounded to 0.1 at 16, by more than an update moves them."""
-    if hidden.dtype != torch.float32 and GPU:
+    if has_wide_products(hidden):
         logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
     else:
         logits = hidden.float() @ weight.T.float()
@@ -96,10 +94,15 @@ def compute_logits(hidden, weight, temperature):
 
 def add_product(total, a, b):
     """Add a @ b to total, in float32, without a temporary of its size: (V, N), (N, H), (V, H)."""
-    if a.dtype != torch.float32 and GPU:
+    if has_wide_products(a):
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a.float(), b.float())
+
+
+def has_wide_products(x: torch.Tensor) -> bool:
+    """Tell whether its products with its like, of 16 bits, can have results of 32."""
+    return x.dtype != torch.float32 and x.is_cuda
 
 
 def chunks(n: int, size: int) -> list[slice]:

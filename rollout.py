@@ -1,8 +1,5 @@
 """From a problem to graded responses: Problem, Prompt, Sample. Read from the top: prompts, the vLLM
-engine, sampling and grading. shelf/data.py makes the problems.
-
-Training and evaluation read the same data formats and use the same template, engine and sampler.
-vLLM is imported only when an `Engine` is built.
+engine, sampling and grading. Training and evaluation share all of it; shelf/data.py reads problems.
 """
 
 import contextlib
@@ -60,67 +57,86 @@ class Prompt:
     opening: str = ""
 
 
-def load_tokenizer(model: str, max_prompt_length: int, max_response_length: int):
-    """Return (tokenizer, model config), refusing a model that does not exist or whose context is
-    too short, before any weights load. A length of 0 means: whatever fits."""
+def load_tokenizer(model: str, max_prompt_length: int, max_response_length: int,
+                   template: str = "auto"):
+    """Return (tokenizer, model config), refusing before any weights load a model that does not
+    exist, cannot be asked in this form, or has too short a context (a length of 0: what fits)."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:
         config = AutoConfig.from_pretrained(model)
         tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of many kinds: that of a broken tokenizer.json is Exception
         raise UsageError(f"model {model!r}: neither a save_pretrained folder nor a hub model that "
-                         f"loads ({str(error).splitlines()[0][:160]})") from None
-    wanted = (max_prompt_length or 1) + max_response_length
+                         f"loads ({' '.join(str(error).split())[:160]})") from None
     context = getattr(config, "max_position_embeddings", None)
-    if context is None:
-        raise UsageError(f"model {model!r} ({config.model_type}): its configuration has no "
-                         "max_position_embeddings; only transformers with attention are supported")
-    if wanted > context:
-        prompt = f"--max_prompt_length {max_prompt_length}" if max_prompt_length else "a prompt"
-        raise UsageError(f"{prompt} + --max_response_length {max_response_length} = {wanted} "
-                         f"tokens exceed the context of {model}, {context}: lower what is too "
-                         "long, or extend the context in the model's config.json (RoPE scaling)")
+    wanted = (max_prompt_length or 1) + max_response_length
+    for wrong, what in (
+        (context is None, "no max_position_embeddings in config.json: only attention is supported"),
+        (wanted > (context or wanted), f"a prompt and a response, {wanted} tokens together, exceed "
+         f"the context, {context}: lower --max_response_length, in training also "
+         "--max_prompt_length, or extend the context in config.json (RoPE scaling)"),
+        (len(tokenizer) <= len({*tokenizer.all_special_ids}), "no tokenizer is there: copy "
+         "tokenizer.json and tokenizer_config.json into the folder"),
+        (template not in ("auto", "chat", "plain") and "{problem}" not in template,
+         f"--template {template!r}: give auto, chat, plain or a text with {{problem}}"),
+        (not stop_token_ids(tokenizer, model, template), "no token ends a response: name one as "
+         "eos_token in tokenizer_config.json, or as eos_token_id in generation_config.json"),
+    ):
+        if wrong:
+            raise UsageError(f"model {model!r}: {what}")
     return tokenizer, config
 
 
-def format_prompt(
-    problem: str, tokenizer, template: str = "auto", kind: str = "math", turns: Iterable = ()
-) -> str:
-    """Return the text the model sees. template: "auto" (the tokenizer's chat template where it has
-    one, else plain), "chat", "plain", or a string that contains {problem}, in which a typed \\n
-    is the end of a line. turns: chat messages before the problem; their text stands before it
-    where there is no chat."""
-    instruction = INSTRUCTIONS[kind]
-    if template == "auto":
-        template = "chat" if tokenizer.chat_template else "plain"
-    if template == "chat":
-        message = {"role": "user", "content": f"{problem}\n{instruction}"}
-        messages = [*turns, message]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if template == "plain":
-        template = PLAIN_TEMPLATE.replace(INSTRUCTION, instruction)
+def uses_chat(tokenizer, template: str) -> bool:
+    """Return whether prompts are chats; "auto": where the tokenizer has a chat template."""
+    return template == "chat" or (template == "auto" and bool(tokenizer.chat_template))
+
+
+def format_prompt(problem: str, tokenizer, template: str = "auto", kind: str = "math",
+                  turns: Iterable = ()) -> str:
+    """Return the text the model sees. template: "auto" (chat where the tokenizer has a template,
+    else plain), "chat", "plain", or a text with {problem}, in which a typed \\n ends a line. turns:
+    chat messages before the problem, in a text their contents."""
+    if uses_chat(tokenizer, template):
+        asked = dict(role="user", content=f"{problem}\n{INSTRUCTIONS[kind]}")
+        return chat_text(tokenizer, [*turns, asked])
+    if template in ("auto", "plain"):
+        template = PLAIN_TEMPLATE.replace(INSTRUCTION, INSTRUCTIONS[kind])
     before = "".join(f"{turn['content']}\n\n" for turn in turns)
     return before + template.replace("\\n", "\n").replace("{problem}", problem)
 
 
-def check_template(tokenizer, template: str) -> None:
-    if template not in ("auto", "chat", "plain") and "{problem}" not in template:
-        raise UsageError(f"--template {template!r}: give auto, chat, plain or a text with "
-                         "{problem}")
-    if template == "chat" and not tokenizer.chat_template:
-        raise UsageError("--template chat: the tokenizer has no chat template; give plain")
+def chat_text(tokenizer, messages: list[dict]) -> str:
+    """Return what the chat template makes of the messages; UsageError where it fails or leaves the
+    last out. A system turn that it refuses, or leaves out, joins the user's, as in plain."""
+    first, *rest = messages
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False,
+                                             add_generation_prompt=messages[-1]["role"] == "user")
+        why = "what is asked is not in its text: it may want other content than a text"
+    except Exception as error:  # whatever the code in the template raises
+        text, why = "", f"{type(error).__name__}: {error}"
+    if all(turn["content"].strip() in text for turn in (first, messages[-1])):
+        return text
+    if first["role"] == "system" and rest[0]["role"] == "user":
+        joined = f"{first['content']}\n\n{rest[0]['content']}"
+        return chat_text(tokenizer, [rest[0] | dict(content=joined), *rest[1:]])
+    raise UsageError(f"the chat template fails ({why[:200]}): mend it, or give --template plain")
 
 
-def encode_prompts(
-    problems: list[Problem], tokenizer, template: str, max_prompt_length: int
-) -> list[Prompt]:
+def encode_prompts(problems: list[Problem], tokenizer, template: str,
+                   max_prompt_length: int) -> list[Prompt]:
     """Tokenise the problems; drop those longer than max_prompt_length tokens, and say how many."""
-    check_template(tokenizer, template)
+    start = []  # a chat template writes its own BOS
+    if not uses_chat(tokenizer, template):  # what the tokenizer puts before a text, none of its EOS
+        text = [problems[0].text]
+        marked, bare = (tokenizer(text, add_special_tokens=x).input_ids[0] for x in (True, False))
+        places = [i for i in range(len(marked)) if marked[i : i + len(bare)] == bare]
+        start = marked[: min(places, default=0)]
+    template = template.removeprefix("".join(tokenizer.convert_ids_to_tokens(start)))
     texts = [format_prompt(p.text, tokenizer, template, p.kind, p.turns) for p in problems]
-    # A chat template writes its own BOS; the plain form needs the tokenizer's.
-    special = template == "plain" or (template == "auto" and not tokenizer.chat_template)
-    ids = tokenizer(texts, add_special_tokens=special).input_ids
+    ids = [start + rest for rest in tokenizer(texts, add_special_tokens=False).input_ids]
     after = [text.rpartition(p.text)[2] for p, text in zip(problems, texts, strict=True)]
     openings = ["<think>" * ("<think>" in x.rpartition("</think>")[2]) for x in after]
     prompts = [Prompt(*prompt) for prompt in zip(problems, ids, openings, strict=True)]
@@ -129,8 +145,7 @@ def encode_prompts(
         say(f"{len(prompts) - len(kept)} of {len(prompts)} prompts over {max_prompt_length} tokens "
             "were dropped")
     if not kept:
-        raise UsageError(f"no prompt has at most {max_prompt_length} tokens: "
-                         "raise --max_prompt_length")
+        raise UsageError(f"all prompts are longer: raise --max_prompt_length {max_prompt_length}")
     return kept
 
 
@@ -184,10 +199,10 @@ def request_seed(*key: object) -> int:
 
 @dataclass
 class Sample:
-    """One response to a prompt: token ids (the stop token included) and the log-probability with
-    which vLLM sampled each, both (T,); finish_reason is "stop" or "length" (truncated). `sample`
-    adds text, grade and reward; training adds the prompt, where the responses of all ranks come
-    together (each rank has it, and the tests of a program can be megabytes), and the advantage."""
+    """One response: token ids (the stop token included) and the log-probability with which vLLM
+    sampled each, both (T,); finish_reason is "stop" or "length" (truncated). `sample` adds text,
+    grade and reward; training the advantage, and the prompt where all ranks' responses are (each
+    has it, and the tests of a program can be megabytes)."""
 
     prompt: Prompt | None
     ids: np.ndarray
@@ -200,8 +215,7 @@ class Sample:
 
     @property
     def correct(self) -> bool:
-        """Return the polarity: the grade's flag, or the advantage's sign where a reward function
-        gave none."""
+        """Return the polarity: the grade's flag, or where it has none the advantage's sign."""
         return self.advantage > 0 if self.grade.correct is None else self.grade.correct
 
 
@@ -215,10 +229,10 @@ def stop_token_ids(tokenizer, model: str, template: str = "auto") -> list[int]:
     except OSError:  # the file is optional
         ids = None
     ids = ids if isinstance(ids, list) else [ids]
-    if tokenizer.chat_template and template in ("auto", "chat"):
+    if uses_chat(tokenizer, template):
         turns = [dict(role="user", content="?"), dict(role="assistant", content="ANSWER")]
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-        after = tokenizer(text.rpartition("ANSWER")[2].strip(), add_special_tokens=False).input_ids
+        text = chat_text(tokenizer, turns).rpartition("ANSWER")[2].strip()
+        after = tokenizer(text, add_special_tokens=False).input_ids
         ids += [i for i in after[:1] if i in tokenizer.added_tokens_decoder]
     return sorted({i for i in [tokenizer.eos_token_id, *ids] if i is not None})
 
@@ -238,16 +252,13 @@ def of_vllm(doing: str):
 
 class Engine:
     """vLLM in this process, one engine per rank (data parallel replicas); with tensor_parallel T,
-    one per T ranks in a row, which then must all make the same calls.
-
-    torch.distributed must be initialised first. A context longer than the model's must have been
-    refused by the caller: vLLM would truncate silently.
-    """
+    one per T ranks in a row, which then must all make the same calls. torch.distributed must be
+    initialised, and no context be longer than the model's: vLLM would truncate silently."""
 
     @of_vllm("to start")
     def __init__(self, model: str, tokenizer, *, max_model_len: int, max_num_seqs: int = 256,
                  gpu_memory: float = 0.6, seed: int = 0, tensor_parallel: int = 1, dtype=None,
-                 template: str = "auto", sleeps: bool = True, kv_cache_dtype: str = "auto"):
+                 template: str = "auto", sleeps: bool = True, **options: Any):
         import torch
         from transformers import AutoConfig
 
@@ -266,12 +277,11 @@ class Engine:
 
         if self.cpu:
             room = 64 * max_model_len * cache_bytes(config, 4)  # for 64 whole sequences
-            device_options = dict(kv_cache_memory_bytes=int(np.clip(room, 256 << 20, 4 << 30)))
+            options |= dict(kv_cache_memory_bytes=int(np.clip(room, 256 << 20, 4 << 30)))
         else:
-            # With all blocks given away, each new token of a full house throws a sequence out, to
-            # be computed again: a third of the tokens were (see tests/README.md)
-            device_options = dict(gpu_memory_utilization=gpu_memory, enable_sleep_mode=sleeps,
-                                  kv_cache_dtype=kv_cache_dtype, watermark=0.05)
+            # watermark: blocks kept free, else running sequences throw each other out: tests/README
+            options |= dict(gpu_memory_utilization=gpu_memory, enable_sleep_mode=sleeps,
+                            watermark=0.05)
         self.llm = LLM(
             model=model, seed=seed, dtype=dtype or (torch.float32 if self.cpu else torch.bfloat16),
             hf_overrides=dict(head_dtype="float32"),  # logits rounded to bf16 would be 0.1 off
@@ -284,7 +294,7 @@ class Engine:
             enforce_eager=self.cpu,
             logprobs_mode="processed_logprobs",  # "raw" would ignore the temperature
             generation_config="vllm",  # nothing but our own sampling parameters
-            disable_log_stats=False, use_tqdm_on_load=False, **device_options,
+            disable_log_stats=False, use_tqdm_on_load=False, **options,
         )  # fmt: skip
         self.max_model_len = max_model_len
         self.stop_ids = stop_token_ids(tokenizer, model, template)
@@ -292,23 +302,20 @@ class Engine:
         self.asleep, self.preempted = False, 0
 
     def preemptions(self) -> int:
-        """Return how many sequences lost their keys and values, for want of room, and had to be
-        computed again since the last call."""
+        """Return how many sequences were thrown out since the last call, to be computed again."""
         before = self.preempted
-        found = (x.value for x in self.llm.get_metrics() if x.name == "vllm:num_preemptions")
-        self.preempted = sum(found)
+        counters = [x for x in self.llm.get_metrics() if x.name == "vllm:num_preemptions"]
+        self.preempted = sum(counter.value for counter in counters)
         return self.preempted - before
 
     def generate(
         self, prompts: list[Prompt], n: int, seeds: list[int], *, max_tokens: int,
         temperature: float = 1.0, top_p: float = 1.0,
     ) -> Iterator[tuple[int, Sample]]:
-        """Yield n responses to each prompt, each as it ends, while others are running. Response j
-        to prompt i comes with the index i * n + j and is sampled with seed seeds[i] + j, so it
-        depends on its own prompt and seed alone, not on what else is in the batch (on a GPU up
-        to rounding: there kernels depend on the batch's shape)."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        """Yield n responses to each prompt, each as it ends, while others are running: response j
+        to prompt i with the index i * n + j. Its seed is seeds[i] + j, and it depends on nothing
+        else in the batch (on a GPU up to rounding: kernels depend on the batch's shape)."""
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         if self.asleep:
             raise RuntimeError("the engine sleeps and its weights are gone: sync first")
@@ -415,23 +422,24 @@ def sample(
     seconds: dict[str, float], progress: str = "", **sampling: Any,
 ) -> Iterator[tuple[int, list[Sample]]]:
     """Yield (index of the prompt, its n graded samples) for this rank's share of the prompts, each
-    as soon as it is graded; the caller gathers. The prompts are dealt out to the engines, so all
-    ranks together yield the same for any number of ranks; of ranks that share an engine the first
-    yields. Grading runs in the judge's processes while the engine is still generating; `seconds`
-    gets the time spent generating, and waiting for grades after that."""
+    as soon as it is graded; the caller gathers. All ranks together yield the same for any number of
+    them; of those that share an engine the first yields. Grading runs in the judge's processes
+    while the engine generates; `seconds` gets the time of that, and of waiting for grades then."""
     mine = range(rank() // engine.tensor_parallel, len(prompts),
                  world_size() // engine.tensor_parallel)
     parts: dict[int, list] = {p: [] for p in mine}  # of each prompt: see `graded`
     complete: list[int] = []  # prompts with n responses, whose grades may be missing
     responses = engine.generate([prompts[p] for p in mine], n, [seeds[p] for p in mine], **sampling)
     hidden = not progress or rank() != 0 or None  # None: shown on a terminal only
+    # Other special tokens are read by the graders: in some models <think> is one
+    unread = {*engine.stop_ids, tokenizer.pad_token_id, tokenizer.bos_token_id}
     with timed(seconds, "generate"):
         for i, response in tqdm(responses, progress, len(mine) * n, leave=False, disable=hidden,
                                 delay=2):
             if rank() % engine.tensor_parallel:
                 continue
             p = mine[i // n]
-            text = tokenizer.decode(response.ids, skip_special_tokens=True)
+            text = tokenizer.decode([i for i in response.ids.tolist() if i not in unread])
             response.text = prompts[p].opening + text
             parts[p].append((i % n, response, judge(prompts[p].problem, response.text)))
             if len(parts[p]) == n:
@@ -474,13 +482,3 @@ def empty_sample() -> Sample:
     """Return a response without tokens, for a rank that has none left."""
     return Sample(Prompt(None, [0]), np.empty(0, np.int32), np.empty(0, np.float32), "stop",
                   grade=Grade(False, None))
-
-
-def show_example(sample: Sample, tokenizer) -> None:
-    """Print one response with its mask, to see the template and where the loss applies."""
-    ids, grade, reference = sample.ids.tolist(), sample.grade, sample.prompt.problem.reference
-    say(f"--- one example: {len(sample.prompt.ids)} prompt tokens (mask 0), {len(ids)} response "
-        f"tokens (mask 1), finish reason {sample.finish_reason}\n"
-        f"[0] {tokenizer.decode(sample.prompt.ids)!r}\n[1] {tokenizer.decode(ids)!r}\n"
-        f"    extracted {grade.extracted!r}, reference {str(reference)[:200]!r}: "
-        f"{'correct' if grade.correct else 'incorrect'} ({grade.status})\n---")

@@ -6,9 +6,8 @@ reward and for the benchmarks. A grader never guesses and never raises.
 Rows: {"id", "kind": "math" | "choice" | "code", "response", "answer"}; for code "question" (a
 LiveCodeBench row) in place of "answer". In Python: `grade(...)`, or a pool of workers, `Graders`.
 
-The caller extracts the answer and settles the easy cases. A worker (this file with --worker) runs
-sympy or compares program outputs, one task at a time; it is killed and replaced when late. For
-code, each worker has a sandbox (shelf/sandbox.py), which never sees an expected output.
+The caller settles the easy cases. A worker (this file with --worker) runs sympy, or for code has a
+sandbox (shelf/sandbox.py), which never sees an expected output; late, it is killed and replaced.
 """
 
 import argparse
@@ -26,7 +25,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache, partial
@@ -99,6 +98,16 @@ def _parse_row(line: str, where: str, skip_broken: bool) -> dict | None:
     return row
 
 
+def only_item(reference: Any) -> Any:
+    """Return a reference; of a list, or a JSON text of one ('["12"]'), its only item."""
+    with suppress(AttributeError, TypeError, ValueError, RecursionError):
+        text = reference if '"' in reference else reference.replace("'", '"')  # as Python writes it
+        inside = json.loads(text)  # of several numbers it is an interval
+        reference = inside if '"' in text or len(inside) == 1 else reference
+    alone = isinstance(reference, list) and len(reference) < 2
+    return next(iter(reference), None) if alone else reference
+
+
 # ---- extraction: which part of a response is the answer; linear in its length --------------------
 
 _BOX_TOKEN = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.S)
@@ -109,7 +118,7 @@ _PROMPT_ECHO = re.compile(r"[\s*$\\\[(<{]*(?:LETTER|ANSWER)[\s*$\\\])>}.]*", re.
 
 def _after_thinking(text: str | None) -> str:
     """Return what follows the last </think>; nothing if a <think> is never closed."""
-    text = (text or "").rpartition("</think>")[2]
+    text = text.rpartition("</think>")[2] if isinstance(text, str) else ""
     return "" if "<think>" in text else text
 
 
@@ -361,13 +370,9 @@ class Graders(AbstractContextManager):
         except _NeedsSympy as needed:
             return self._threads.submit(self._run, kind, *needed.args, reference, options)
 
-    def grade(self, items: Iterable[tuple], progress: bool = False) -> list[Grade]:
+    def grade(self, items: Iterable[tuple]) -> list[Grade]:
         """Grade (kind, response, reference[, options]) tuples, keeping their order."""
         futures = [self.submit(*item[:3], **dict(*item[3:])) for item in items]
-        if progress:
-            from tqdm import tqdm
-
-            futures = tqdm(futures, "grading")
         return [future.result() for future in futures]
 
     def _quick(self, kind: str, response: str | None, reference: Any, options: dict) -> Grade:
@@ -375,7 +380,7 @@ class Graders(AbstractContextManager):
         if kind not in KINDS:
             raise ValueError(f"unknown kind {kind!r}: expected math, choice or code")
         extract = extract_code if kind == "code" else extract_answer
-        extracted = extract(response if isinstance(response, str) else None)
+        extracted = extract(response)
         if extracted is None:
             empty = not reference or not str(reference).strip()
             return Grade(False, None, "bad_reference" if empty else "no_answer")
@@ -412,11 +417,8 @@ class Graders(AbstractContextManager):
             self.counts[grade.status] += 1
         return grade
 
-    def close(self, patience: float = 0) -> None:
-        """End the workers; tasks not yet started are cancelled. Idle workers get `patience` seconds
-        to leave by themselves: of those that are killed, the system forgets some CPU time."""
-        while patience and (worker := self._take_idle()):
-            worker.close(patience)
+    def close(self) -> None:
+        """End the workers; tasks not yet started are cancelled."""
         self._threads.shutdown(cancel_futures=True)  # workers die with the thread that started them
         while worker := self._take_idle():
             worker.close()
@@ -433,8 +435,7 @@ def _default_graders() -> Graders:
 
 
 def grade(kind: str, response: str | None, reference: Any, **options: Any) -> Grade:
-    """Grade one response (options: n_choices for choice, time_limit for code). Never raises on any
-    response; what may not return runs in a worker that is killed."""
+    """Grade one response, in a worker that is killed when late. options: n_choices, time_limit."""
     return _default_graders().submit(kind, response, reference, **options).result()
 
 
@@ -466,8 +467,7 @@ _OPTIONS = ("n_choices", "time_limit")  # the fields that may be absent
 
 
 def _read_row(where: str, row: dict) -> tuple:
-    """Return (id, kind, response, reference, options) of a row; raises UsageError at a field that
-    is missing or of the wrong kind."""
+    """Return (id, kind, response, reference, options) of a row; UsageError names a wrong field."""
     reference = "question" if row.get("kind") == "code" else "answer"
     for field in ("id", "kind", "response", reference, *_OPTIONS):
         is_right, expected = _FIELDS[field]
@@ -477,7 +477,7 @@ def _read_row(where: str, row: dict) -> tuple:
             got = repr(row[field])[:50]
             raise UsageError(f"{where}: field {field!r}: expected {expected}, not {got}")
     options = {field: row[field] for field in _OPTIONS if field in row}
-    return row["id"], row["kind"], row["response"], row[reference], options
+    return row["id"], row["kind"], row["response"], only_item(row[reference]), options
 
 
 def main() -> None:

@@ -17,8 +17,7 @@ from shelf.config import Config
 from shelf.ranks import UsageError, say
 from verify import KINDS, extract_answer
 
-# DAPO-Math-17k wraps each problem in its own instruction ("Answer: ..."); we take the problem out
-# and apply our template, so that training and evaluation ask in the same words.
+# DAPO-Math-17k's instruction around a problem: our template asks in evaluation's words instead
 DAPO_PREFIX = "Solve the following math problem step by step."
 DAPO_SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
 TEXT_COLUMNS = ("prompt", "problem", "question", "question_content")
@@ -39,10 +38,8 @@ def read_rows(source: str, split: str = "train") -> Iterator[tuple[str, dict]]:
         except (OSError, ValueError) as why:  # damaged, or not in UTF-8
             raise UsageError(f"{source}: cannot be read: {str(why)[:200]}") from None
     elif path.exists() or path.suffix or source.count("/") != 1:
-        raise UsageError(
-            f"data {source!r}: expected an existing .jsonl or .parquet file, or a hub data set "
-            "'owner/name' or 'owner/name:config'; check the path"
-        )
+        raise UsageError(f"data {source!r}: expected an existing .jsonl or .parquet file, or a hub "
+                         "data set 'owner/name' or 'owner/name:config'; check the path")
     else:
         rows = _hub_rows(source, split)
     for number, row in enumerate(rows):
@@ -64,26 +61,25 @@ def _hub_rows(name: str, split: str) -> Iterable[dict]:
     try:
         splits = datasets.load_dataset(name, config or None)
     except Exception as error:  # the hub client raises many kinds, all with the same meaning here
-        raise UsageError(
-            f"data {name!r}: no such local file, and the hub data set did not load "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:120]})"
-        ) from None
+        raise UsageError(f"data {name!r}: no such local file, and the hub data set did not load "
+                         f"({type(error).__name__}: {str(error).splitlines()[0][:120]})") from None
     return splits[split if split in splits else next(iter(splits))]
 
 
 def to_problem(where: str, row: dict, kind: str = "", needs_answer: bool = True) -> Problem:
-    """Make a problem of a row; `where` names it in errors. kind: that of the whole file, which no
-    row may contradict, or "": each row's own, or math. needs_answer=False: answers and tests may
-    be missing, as a reward function judges."""
+    """Make a problem of a row, which `where` names in errors. kind: that of the whole file, or "":
+    the row's own, or math. needs_answer=False: answers may be missing, a reward function judges."""
     own = row.get("kind")
     hints = [x for x in ("choices", "tests", "question_content") if row.get(x)]
-    text = next((row[column] for column in TEXT_COLUMNS if row.get(column)), None)
-    turns: list[dict] = []
-    if isinstance(text, list):  # chat messages; the last user turn is the problem
-        text = [turn for turn in text if isinstance(turn, dict)]
-        asked = [i for i, turn in enumerate(text) if turn.get("role") == "user"]
-        turns, text = (text[: asked[-1]], text[asked[-1]]["content"]) if asked else ([], None)
+    column = next((column for column in TEXT_COLUMNS if row.get(column)), "problem")
+    text, turns = row.get(column), []
     try:
+        if isinstance(text, list):  # chat messages; the last is the problem
+            for turn in text:
+                types = isinstance(turn, dict) and {type(turn.get(x)) for x in ("role", "content")}
+                require(types == {str}, {column: turn}, column, "turns: texts as role and content")
+            require(turn["role"] == "user", {column: turn}, column, "the user's turn at the end")
+            turns, text = text[:-1], turn["content"]
         require(own in (None, kind or own) and own in (None, *KINDS), row, "kind",
                 kind or "math, choice or code")
         require(own or kind or not hints, row, "kind", f"one beside {hints}, in the row or for the "
@@ -92,6 +88,8 @@ def to_problem(where: str, row: dict, kind: str = "", needs_answer: bool = True)
                 f"a text, there or in 'prompt' or 'question' (found columns {sorted(row)})")
         kind = own or kind or "math"
         text, reference, options = CONVERT[kind](text, row, needs_answer)
+        if row.get("unpublished"):  # then eval.py does not keep it
+            options["unpublished"] = True
     except UsageError as why:
         raise UsageError(f"{where}: {why}") from None
     names = (row.get("id"), row.get("question_id"), where.rpartition("/")[2])
@@ -106,22 +104,32 @@ def require(right: Any, row: dict, name: str, expected: str) -> None:
 
 def math_problem(text: str, row: dict, needs_answer: bool) -> tuple[str, str, dict]:
     """Return text, answer and no options of a row with the usual columns."""
-    of_verl = row.get("reward_model")
-    answers = [of_verl.get("ground_truth")] if isinstance(of_verl, dict) else []
-    answers += [row.get("answer"), extract_answer(row.get("solution"))]  # of math-ai/aime24
-    answer = str(next((x for x in answers if x is not None), "")).strip()
+    given = {"answer": row.get("answer"), "final_answer": row.get("final_answer"),  # OlympiadBench
+             "solution": extract_answer(row.get("solution"))}  # math-ai/aime24
+    if isinstance(row.get("reward_model"), dict):
+        given = {"reward_model.ground_truth": row["reward_model"].get("ground_truth")} | given
+    answers = (answer_text(place, answer, needs_answer) for place, answer in given.items())
+    answer = next(filter(None, answers), "")
     require(answer or not needs_answer, row, "answer",
             "a text, there or in 'reward_model.ground_truth', or a boxed 'solution'")
     if text.startswith(DAPO_PREFIX) and text.endswith(DAPO_SUFFIX):
         text = text[: -len(DAPO_SUFFIX)].partition("\n\n")[2]
-    return text.strip(), answer.rpartition("#### ")[2].strip(), {}  # GSM8K's ends a solution so
+    return text.strip(), answer, {}
+
+
+def answer_text(place: str, answer: Any, graded: bool) -> str:
+    """Return an answer as a text, "" if it says nothing; of several none can be graded."""
+    answer = verify.only_item(answer)
+    require(not (graded and isinstance(answer, list | dict)), {place: answer}, place, "one answer")
+    text = "" if answer is None else str(answer).rpartition("#### ")[2].strip()  # as in GSM8K
+    return text if text != "nan" and verify.grade_number(text, text) else ""
 
 
 def choice_problem(text: str, row: dict, needs_answer: bool) -> tuple[str, str, dict]:
     """Return text, letter and options of a row with "choices", or with n_choices (4 if absent) in
     its text. The answer: a letter; of choices also an index from 0, or a text. A string is an index
     only if it is no choice's text; one choice's letter that is another's text is an error."""
-    choices, answer = row.get("choices") or [], row.get("answer")
+    choices, answer = row.get("choices") or [], verify.only_item(row.get("answer"))
     require(isinstance(choices, list), row, "choices", "a list of texts")
     choices = ["" if choice is None else str(choice).strip() for choice in choices]
     n = len(choices) or row.get("n_choices") or 4
@@ -171,19 +179,18 @@ def code_problem(text: str, row: dict, needs_answer: bool) -> tuple[str, dict, d
 CONVERT = dict(math=math_problem, choice=choice_problem, code=code_problem)
 
 
-def load_problems(source: str, split: str = "train", **how: Any) -> list[Problem]:
-    """Read a data set, keeping the first of rows with the same problem text (DAPO-Math-17k
-    repeats each about 100 times). how: kind and needs_answer of to_problem."""
+def load_problems(source: str, split: str = "train", rows: list | None = None,
+                  **how: Any) -> list[Problem]:
+    """Return a data set's problems, the first of each conversation (DAPO-Math-17k repeats each
+    about 100 times). rows: those of read_rows to take; how: kind and needs_answer of to_problem."""
     problems: dict[str, Problem] = {}
-    rows = 0
-    for where, row in read_rows(source, split):
+    for n, (where, row) in enumerate(rows or read_rows(source, split), 1):  # noqa: B007
         problem = to_problem(where, row, **how)
-        problems.setdefault(problem.text, problem)
-        rows += 1
+        problems.setdefault(repr((problem.text, problem.turns)), problem)
     if not problems:
         raise UsageError(f"data {source!r}: no rows; give a file with at least one problem")
-    if rows > len(problems):
-        say(f"{source}: {rows - len(problems)} of {rows} rows repeat a problem and were dropped")
+    if n > len(problems):
+        say(f"{source}: {n - len(problems)} of {n} rows repeat a problem and were dropped")
     return list(problems.values())
 
 
@@ -199,11 +206,10 @@ def read_prompts(config: Config, tokenizer) -> tuple[list[Prompt], list[Prompt]]
     form = (tokenizer, config.template, config.max_prompt_length)
     problems = load_problems(config.data, kind=config.kind, needs_answer=not config.reward)
     prompts = encode_prompts(problems, *form)
-    held_out, problems = [], []
+    problems = []
     for source in filter(None, config.eval_data.split(",")):
         problems += load_problems(source.strip(), "test", kind=config.eval_kind)
-    if problems := name_apart(problems):
-        held_out = encode_prompts(problems, *form)
+    held_out = encode_prompts(name_apart(problems), *form) if problems else []
     held_out = held_out[: config.eval_limit or None]
     if config.reward and held_out:
         say("held-out problems are judged by the built-in graders, not by --reward")

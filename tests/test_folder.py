@@ -20,11 +20,12 @@ from test_eval import TRAINED, lines, records
 
 import a3po
 import eval as evaluation
-from rollout import Problem, Prompt, Sample, load_tokenizer, show_example
+from rollout import Problem, Prompt, Sample, load_tokenizer
 from shelf.checkpoints import Checkpoints
 from shelf.config import Config
 from shelf.folder import RunFolder, all_see
 from shelf.ranks import UsageError
+from shelf.show import show_example
 from verify import Grade
 
 
@@ -218,8 +219,8 @@ def test_a_run_folder_and_its_console(tmp_path, capsys, monkeypatch):
         folder.finish()
     console = [line for line in out.splitlines() if line[:1] == " "]
     assert console[0] == "     0  held-out accuracy 0.500 +- 0.000, length 10.0"
-    heading = ("  step    reward   entropy    length       rho |ratio-1|  mismatch      dead"
-               " grad norm  tokens/s   seconds")
+    heading = ("  step  reward entropy  length    rho |ratio-1| mismatch dead grad norm seconds")
+    assert len(heading) <= 80 and "python eval.py glossary; |ratio-1| over 10 " in out
     table = [line for line in console if "held-out" not in line]
     assert 22 < len(table) < 60  # not every step
     assert [i for i, line in enumerate(table) if line == heading] == list(range(0, len(table), 21))

@@ -22,6 +22,7 @@ from shelf.metrics import describe, rollout_metrics
 from shelf.ranks import UsageError
 from verify import Grade
 
+USER, ASSISTANT = dict(role="user", content="1+1?"), dict(role="assistant", content="It is 2.")
 TESTS = [{"input": "1 2\n", "output": "3\n"}]
 LIVE = dict(
     question_content="Add.", public_test_cases=json.dumps([dict(TESTS[0], testtype="stdin")]),
@@ -57,6 +58,8 @@ def test_kinds_are_mixed_in_one_file(tmp_path):
         (dict(choices=["x", "y"], answer="0"), "A"),
         (dict(choices=["x", "y"], answer="y"), "B"),
         (dict(choices=["x", "y"], answer=" B "), "B"),
+        (dict(choices=["x", "y"], answer=["B"]), "B"),
+        (dict(choices=["x", "y"], answer=[1]), "B"),
         (dict(choices=["1", "0"], answer="1"), "A"),  # a text before an index
         (dict(choices=["1", "0"], answer=1), "B"),
         (dict(answer="D"), "D"),  # the options are in the text
@@ -100,10 +103,34 @@ def test_a_function_and_a_time_limit(tmp_path):
         (CODE | dict(function="a b"), {}, "field 'function': expected a function's name"),
         (CODE | dict(starter_code=5), {}, "field 'starter_code': expected a text"),
         (CHOICE | dict(choices=["one", None]), {}, "field 'choices': expected 2 to 26"),
-        (dict(prompt=["Add."], answer="1"), {}, "field 'problem': expected a text"),
+        (dict(prompt=["Add."], answer="1"), {}, "field 'prompt': expected turns"),
+        (dict(prompt=[USER, dict(role="user")], answer="1"), {}, "not {'role': 'user'}"),
+        (dict(prompt=[dict(role="system"), USER], answer="1"), {}, "not {'role': 'system'}"),
+        (dict(prompt=[USER | dict(content=[dict(type="text", text="1+1?")])], answer="1"), {},
+         "field 'prompt': expected turns: texts as role and content, not {'role': 'user', "
+         "'content': [{"),
+        (dict(prompt=[{"from": "human", "value": "1+1?"}], answer="1"), {}, "expected turns"),
+        (dict(prompt=[USER | dict(content=None)], answer="1"), {}, "expected turns"),
+        (dict(prompt=[USER, ASSISTANT], answer="1"), {}, "the user's turn at the end, not {'role': "
+         "'assistant', 'content': 'It is 2.'}"),
+        (dict(prompt=[USER, dict(role="system", content="s")], answer="1"), {}, "at the end"),
         (CODE | dict(time_limit=0), {}, "field 'time_limit': expected seconds"),
         (LIVE | dict(private_test_cases="????"), dict(kind="code"), "'public_test_cases'"),
         (MATH | dict(problem=" "), {}, "field 'problem': expected a text"),
+        (MATH | dict(answer=["1", "2"]), {}, "field 'answer': expected one answer, not ['1', '2']"),
+        (MATH | dict(answer='["1", "2"]'), {}, "field 'answer': expected one answer"),
+        (MATH | dict(answer="['1', '2']"), {}, "field 'answer': expected one answer"),
+        (MATH | dict(answer={"value": "1"}), {}, "field 'answer': expected one answer"),
+        (MATH | dict(answer='{"value": "1"}'), {}, "field 'answer': expected one answer"),
+        (MATH | dict(answer=[["1"]]), {}, "field 'answer': expected one answer"),
+        (MATH | dict(reward_model=dict(ground_truth=["1", "2"])), {},
+         "field 'reward_model.ground_truth': expected one answer"),
+        (MATH | dict(answer=float("nan")), {}, "field 'answer': expected a text"),
+        (MATH | dict(answer=[]), {}, "field 'answer': expected a text"),
+        (MATH | dict(answer="$$"), {}, "field 'answer': expected a text"),
+        (MATH | dict(answer=None, final_answer=["1", "2"]), {}, "field 'final_answer'"),
+        (CHOICE | dict(answer=["A", "B"]), {}, "field 'answer': expected one letter"),
+        (CHOICE | dict(answer=float("nan")), {}, "field 'answer': expected one letter"),
     ],
 )
 def test_a_bad_row_is_one_sentence(tmp_path, row, how, says):
@@ -113,9 +140,45 @@ def test_a_bad_row_is_one_sentence(tmp_path, row, how, says):
     assert says in message and "rows.jsonl:" in message and "\n" not in message
 
 
+@pytest.mark.parametrize(
+    "row, reference",
+    [
+        (dict(answer=["12"]), "12"),
+        (dict(answer=[12]), "12"),
+        (dict(answer='["12"]'), "12"),  # Skywork-OR1's form
+        (dict(answer='["\\\\frac{1}{2}"]'), "\\frac{1}{2}"),
+        (dict(answer=" [12] "), "12"),
+        (dict(answer="['12']"), "12"),  # of a list that pandas wrote as csv
+        (dict(answer="['\\\\frac{1}{2}']"), "\\frac{1}{2}"),
+        (dict(answer="f'(x)"), "f'(x)"),
+        (dict(reward_model=dict(ground_truth='["12"]')), "12"),
+        (dict(answer=None, final_answer=["$12$"], solution=["Add."]), "$12$"),  # OlympiadBench's
+        (dict(answer="[1, 2]"), "[1, 2]"),  # an interval
+        (dict(answer="[-2,7]"), "[-2,7]"),
+        (dict(answer="\\{1, 2\\}"), "\\{1, 2\\}"),
+        (dict(answer="[1, \\infty)"), "[1, \\infty)"),
+        (dict(answer=0), "0"),
+        (dict(answer="None"), "None"),
+        (dict(answer=12, reward_model=dict(ground_truth="")), "12"),
+        (dict(answer=12, reward_model=dict(ground_truth=float("nan"))), "12"),
+        (dict(answer=12, reward_model=dict(ground_truth=[])), "12"),
+        (dict(answer=12, reward_model=dict(ground_truth=0)), "0"),
+        (dict(answer=" ", solution="It is \\boxed{12}."), "12"),
+        (dict(answer=12, final_answer=["1", "2"]), "12"),
+        (dict(answer="1+1=2\n#### 2"), "2"),
+    ],
+)
+def test_the_answer_to_a_math_problem(tmp_path, row, reference):
+    [problem] = load(tmp_path, MATH | row)
+    assert problem.reference == reference
+    assert verify.grade("math", f"\\boxed{{{reference}}}", problem.reference).correct
+
+
 def test_a_reward_function_needs_no_answers(tmp_path):
     rows = [dict(problem="a"), dict(kind="choice", problem="b"), dict(kind="code", problem="c")]
     assert len(load(tmp_path, *rows, needs_answer=False)) == 3
+    several = dict(problem="d", answer=["1", "2"])  # it may make something of them
+    assert load(tmp_path, several, needs_answer=False)[0].reference == "['1', '2']"
 
 
 class Tokenizer:
@@ -125,6 +188,9 @@ class Tokenizer:
         from types import SimpleNamespace
 
         return SimpleNamespace(input_ids=[[ord(c) for c in text] for text in texts])
+
+    def convert_ids_to_tokens(self, ids):
+        return list(map(chr, ids))
 
 
 def test_each_kind_is_asked_in_its_own_words(tmp_path):
@@ -223,6 +289,7 @@ class Echo:
     """Engine and tokenizer: every response is "\\boxed{0}"."""
 
     tensor_parallel, max_model_len = 1, 50
+    stop_ids, pad_token_id, bos_token_id = (), None, None
 
     def generate(self, prompts, n, seeds, **_):
         for i in range(len(prompts) * n):

@@ -113,10 +113,10 @@ def test_template(tokenizer, monkeypatch):
     plain = f"1+1\n{rollout.INSTRUCTION}\n"
     assert rollout.format_prompt("1+1", tokenizer) == plain
     assert rollout.format_prompt("{}", tokenizer, "Q: {problem} \\boxed{}") == "Q: {} \\boxed{}"
-    with pytest.raises(UsageError, match="no chat template"):
-        rollout.check_template(tokenizer, "chat")
-    with pytest.raises(UsageError, match="{problem}"):
-        rollout.check_template(tokenizer, "Q:")
+    for template, says in (("chat", "chat_template is not set.*--template plain"),
+                           ("Q:", "{problem}")):
+        with pytest.raises(UsageError, match=says):
+            rollout.load_tokenizer(str(ROOT / "demo" / "model"), 8, 8, template)
     monkeypatch.setattr(tokenizer, "chat_template", CHAT)
     chat = f"<user>1+1\n{rollout.INSTRUCTION}<assistant>"
     assert rollout.format_prompt("1+1", tokenizer) == chat
@@ -169,6 +169,7 @@ class Script:
     """Engine and tokenizer: the text of response j to prompt i is i * n + j."""
 
     tensor_parallel = 1
+    stop_ids, pad_token_id, bos_token_id = (), None, None
 
     def __init__(self, judge):
         self.judge = judge

@@ -36,7 +36,7 @@ def test_rows_in_order(tmp_path):
         MATH,
         MATH | {"id": "two", "response": None},
         CODE | {"id": 3},
-        MATH | {"id": [4], "response": "\\boxed{y+x}", "answer": "x+y"},
+        MATH | {"id": [4], "response": "\\boxed{y+x}", "answer": '["x+y"]'},
         CODE | {"id": 5, "response": "```\nwhile True: pass\n```", "time_limit": 1},
         {"id": 6, "kind": "choice", "response": "Answer: B", "answer": "B", "n_choices": 2},
         {"id": 7, "kind": "choice", "response": "Answer: B", "answer": "C", "n_choices": 2},
@@ -132,15 +132,14 @@ def test_submit_from_many_threads():
         assert graders.counts == {"ok": 160}
 
 
-def test_list_keeps_order_and_counts(capsys):
+def test_list_keeps_order_and_counts():
     items = [("math", f"\\boxed{{{'x+' * (i % 3 == 0)}{i}}}", f"{'x+' * (i % 3 == 0)}{i}")
              for i in range(50)]  # fmt: skip
     items += [("choice", "Answer: C", "C", {"n_choices": 3}), ("math", "none", "5")]
     with verify.Graders(workers=2, timeout=60) as graders:
-        grades = graders.grade(items, progress=True)
+        grades = graders.grade(items)
         assert [g.correct for g in grades] == [True] * 51 + [False]
         assert graders.counts == {"ok": 51, "no_answer": 1}
-    assert "grading" in capsys.readouterr().err
 
 
 def test_a_dead_worker_is_replaced():
@@ -162,7 +161,7 @@ def test_patient_close_counts_the_cpu_time_of_programs():
         (worker,) = children() - family
         fields = Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()
         own = sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")  # the worker's imports
-        graders.close(patience=20)
+        graders._take_idle().close(patience=20)
     assert sum(os.times()[2:4]) - reaped - own > 0.5
 
 
