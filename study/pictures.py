@@ -18,6 +18,8 @@ NAMES = dict(a3po="A3PO", dapo="DAPO", random="random 20 %", grpo="GRPO", psr="P
              a3po_constant="A3PO, no decay", base="base")
 CELLS = ("low_prob", "high_prob", "low_entropy", "high_entropy")
 FOUND = 0.1  # as in study.py
+FRESH = ("Fresh seeds (`--confirm`), with which none of the study's is pooled; what they can show "
+         "was calculated before: [power.md](power.md).")
 SIZE = dict(dpi=110, bbox_inches="tight")
 
 
@@ -197,9 +199,18 @@ def claim_row(r: dict) -> str:
         mean, half = number(r["mean"], claim.effect), number(r["half"], claim.effect)
         difference = f"{'' if mean[0] == '-' else '+'}{mean} ± {half}"
     kinds = {"same": "within ", "differs": "either way ", "found": "", "more": ""}
-    return (f"| **{r['verdict']}** | {claim.text} | {claim.source} | {claim.a} - {claim.b}: "
-            f"{metric} | {difference} | {r['n']} | {min(r['p'], 1):.2g} | "
-            f"{kinds[claim.kind]}{claim.effect:g} |")
+    size = abs(r["mean"]) if claim.kind == "differs" else r["mean"]
+    strict = claim.kind == "same" or size - r["half"] >= claim.effect
+    strict = ("yes" if strict else "no") if r["verdict"] == "holds" else ""
+    return (f"| **{r['verdict']}** | {r['side']} | {claim.text} | {claim.source} | "
+            f"{claim.a} - {claim.b}: {metric} | {difference} | {r['n']} | {min(r['p'], 1):.2g} | "
+            f"{kinds[claim.kind]}{claim.effect:g} | {strict} |")
+
+
+def claims_table(results: list[dict]) -> list[str]:
+    return ["| verdict | decided by | claim | source | difference of | ± simultaneous 95 % "
+            "| pairs | p (Holm) | smallest that matters | all of the interval beyond it |",
+            "|" + "---|" * 10, *map(claim_row, results)]
 
 
 def means_table(runs: list[dict]) -> list[str]:
@@ -227,8 +238,8 @@ def means_table(runs: list[dict]) -> list[str]:
     return lines
 
 
-def write_summary(runs: list[dict], results: list[dict], planned: int, rule: str, command: str,
-                  out: Path) -> None:
+def write_summary(runs: list[dict], results: list[dict], confirmed: list[dict],
+                  state: dict[str, str], planned: int, rule: str, command: str, out: Path) -> None:
     """Write summary.md: what was run, the verdicts by family, the means."""
     commits = sorted({run["environment"]["commit"] for run in runs})
     hours = sum(run["seconds"] for run in runs) / 3600
@@ -243,10 +254,12 @@ def write_summary(runs: list[dict], results: list[dict], planned: int, rule: str
              f"{', '.join(f'{count[v]} {words}' for v, words in plural.items() if count[v])}.", "",
              textwrap.fill(rule, 100), "",
              "![Who finds the rare strategy](story.png)", ""]
-    for family in dict.fromkeys(r["claim"].family for r in results):
-        lines += [f"## {family}", "", "| verdict | claim | source | difference of | ± 95 % "
-                  "| pairs | p (Holm) | smallest that matters |", "|" + "---|" * 8]
-        lines += [claim_row(r) for r in results if r["claim"].family == family] + [""]
+    for family in dict.fromkeys(r["claim"].family for r in confirmed + results):
+        lines += [f"## {family}", ""]
+        if family in state:
+            lines += [f"{state[family]} {FRESH}", ""]
+        lines += claims_table([r for r in confirmed + results if r["claim"].family == family])
+        lines += [""]
     lines += ["## Means over seeds", "", *means_table(runs), ""]
     for name, text in (("shortcut", "Shortcut regime"), ("saturating", "Saturating regime"),
                        ("long", "300 steps"), ("dial", "The dial: bases of different skill"),

@@ -1,5 +1,7 @@
 """The study: its problems, what it takes for the right strategy, its verdicts, a quick run."""
 
+import dataclasses
+import hashlib
 import json
 import math
 import random
@@ -105,23 +107,51 @@ def test_intervals_against_a_slow_one():
     assert half == pytest.approx(2.7764 * math.sqrt(0.025) / math.sqrt(5), rel=1e-4)
     assert p == pytest.approx(0.01324, rel=1e-2)  # t = 4.243
     assert study.measure(np.array([1.0, 1, 1, 0, 1, 1]), "found")[2] == pytest.approx(2 / 32)
-    assert study.measure(np.zeros(4), "found")[2] == 1
-    assert study.measure(np.zeros(4), "more")[2] == 1
+    assert study.measure(differences, "more", 5)[1] == pytest.approx(  # t(.995, 4) = 4.6041
+        4.6041 * math.sqrt(0.025) / math.sqrt(5), rel=1e-4)
     assert study.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
 
 
-@pytest.mark.parametrize("kind, mean, half, p, expected", [
-    ("more", 0.2, 0.05, 0.01, "holds"), ("more", 0.2, 0.25, 0.2, "not decidable here"),
-    ("more", 0.02, 0.05, 0.3, "does not hold"), ("more", -0.5, 0.05, 0.001, "does not hold"),
-    ("more", 0.05, 0.04, 0.01, "does not hold"),  # significant, and too small to matter
-    ("more", 0.2, 0.05, 0.06, "not decidable here"),
-    ("differs", -0.2, 0.05, 0.01, "holds"), ("differs", 0.01, 0.02, 0.5, "does not hold"),
-    ("same", 0.01, 0.02, 0.5, "holds"), ("same", -0.2, 0.05, 0.01, "does not hold"),
-    ("same", 0.05, 0.2, 0.5, "not decidable here"),
+@pytest.mark.parametrize("kind, mean, half, p, expected, side", [
+    ("more", 0.2, 0.05, 0.01, "holds", "lower end"),
+    ("more", 0.2, 0.25, 0.2, "not decidable here", "neither end"),
+    ("more", 0.02, 0.05, 0.3, "does not hold", "upper end"),
+    ("more", -0.5, 0.05, 0.001, "does not hold", "upper end"),
+    ("more", 0.05, 0.04, 0.01, "does not hold", "upper end"),  # above 0, too small to matter
+    ("more", 0.2, 0.05, 0.06, "not decidable here", "neither end"),
+    ("differs", -0.2, 0.05, 0.01, "holds", "end nearer 0"),
+    ("differs", 0.01, 0.02, 0.5, "does not hold", "both ends"),
+    ("same", 0.01, 0.02, 0.5, "holds", "both ends"),
+    ("same", -0.2, 0.05, 0.01, "does not hold", "end nearer 0"),
+    ("same", 0.05, 0.2, 0.5, "not decidable here", "neither end"),
+    *((kind, mean, 0.0, 1.0, "not decidable here", "no spread")
+      for kind in ("more", "differs", "same", "found") for mean in (0.0, 1.0)),
 ])
-def test_verdicts_follow_the_rule(kind, mean, half, p, expected):
+def test_verdicts_follow_the_rule(kind, mean, half, p, expected, side):
     claim = study.Claim("f", "t", "s", "saturating", "a", "b", study.END, 0.1, kind)
-    assert study.verdict(claim, mean, half, p) == expected
+    assert study.verdict(claim, mean, half, p) == (expected, side)
+
+
+@pytest.mark.parametrize("kind", ["more", "differs", "same", "found"])
+def test_differences_without_spread_decide_nothing(kind):
+    """Both at the ceiling, or rounded to the same difference, whatever its size."""
+    claim = study.Claim("f", "t", "s", "saturating", "a", "b", study.END, 0.1, kind)
+    for values in (np.zeros(3), np.ones(20), np.array([0.3, 0.4, 0.7]) - [0.2, 0.3, 0.6]):
+        found = study.verdict(claim, *study.measure(values, kind))
+        assert found == ("not decidable here", "no spread")
+
+
+def test_three_verdicts_come_from_one_interval():
+    """A family of ten: what an interval of one claim alone would decide either way is undecided."""
+    rng = np.random.default_rng(3)
+    differences = rng.normal(0, 1, 8)
+    differences = (differences - differences.mean()) / differences.std(ddof=1)
+    for mean, kind, alone in ((0.9, "more", "holds"), (0.9, "same", "does not hold"),
+                              (0.0, "more", "does not hold"), (0.0, "same", "holds")):
+        claim = study.Claim("f", "t", "s", "saturating", "a", "b", study.END, 0.86, kind)
+        for m, expected in ((1, alone), (10, "not decidable here")):
+            middle, half, p = study.measure(differences + mean, kind, m)
+            assert study.verdict(claim, middle, half, m * p)[0] == expected
 
 
 def test_planted_runs_are_judged_by_pairs_of_seeds():
@@ -143,14 +173,13 @@ def test_false_claims_seldom_hold():
     """Of 400 claims about noise, each alone in its family, at most about 5 % are significant."""
     rng = np.random.default_rng(1)
     claim = study.Claim("f", "t", "s", "saturating", "a", "b", study.END, 0.0, "differs")
-    held = [study.verdict(claim, *study.measure(rng.normal(0, 1, 5), "differs")) == "holds"
+    held = [study.verdict(claim, *study.measure(rng.normal(0, 1, 5), "differs"))[0] == "holds"
             for _ in range(400)]
     assert sum(held) <= 32
 
 
 def test_claims_and_runs_fit_each_other():
-    runs = [study.Run(place, method, seed) for place, methods, seeds in study.GROUPS
-            for seed in range(seeds) for method in methods]
+    runs = study.planned(study.GROUPS)
     assert len({run.name for run in runs}) == len(runs) == 239
     there = {(run.place, run.method) for run in runs}
     steps = {"shortcut": range(0, 151, 25), "saturating": range(0, 101, 20)}
@@ -163,6 +192,54 @@ def test_claims_and_runs_fit_each_other():
         assert claim.effect > 0 and claim.kind in ("more", "same", "differs", "found")
     for x in {(x.place, x.method): x for x in runs}.values():
         a3po.check_config(a3po.parse_args(x.flags))
+
+
+def test_the_lists_of_claims_are_those_written_down_before_the_runs():
+    """The study's as of its first run, the confirmation's as of its first."""
+    for claims, digest in ((study.CLAIMS, "c967c42664151e5f"),
+                           (study.CONFIRM_CLAIMS, "1516b40e97bcb7ca")):
+        text = json.dumps([dataclasses.astuple(claim) for claim in claims])
+        assert hashlib.sha256(text.encode()).hexdigest()[:16] == digest
+
+
+def confirmed(entropy, count=90):
+    runs = []
+    for x in study.planned([study.CONFIRMED["confirmation"]])[:count]:
+        level = 0.4 + 0.001 * (x.seed * 7 % 11) + entropy * (x.method == "a3po")
+        runs.append(record(x.place, x.method, x.seed, [0, 0, 0.1, 0.2, 0.3], level))
+    return runs
+
+
+def test_a_confirmation_is_judged_once_and_on_its_own_seeds():
+    """Not before the last of its runs is there, and no other seed's run is pooled in."""
+    part, state = study.confirm(confirmed(0.1, 89))
+    assert {r["verdict"] for r in part} == {"not run"} and {r["n"] for r in part} == {0}
+    assert state["confirmation"] == "89 of 90 runs are there; judged when all are."
+    whole = confirmed(0.1)
+    for x in whole:
+        x["trained"]["entropy"][0] += 1e-4 * (x["seed"] % 3) * (x["method"] == "a3po")
+    strangers = [record(study.MAIN, m, 0, [0] * 5, 9.0 * (m == "dapo")) for m in ("a3po", "dapo")]
+    results, state = study.confirm(whole + strangers)
+    assert state["confirmation"] == "90 of 90 runs are there."
+    assert state["cells again"].startswith("0 of 90 runs")
+    first = results[0]
+    assert (first["n"], first["verdict"]) == (30, "holds")
+    assert first["mean"] == pytest.approx(0.1, abs=1e-3)
+    assert results[2]["side"] == "no spread"
+
+
+def test_a_stop_of_the_confirmation_leaves_complete_pairs():
+    """All methods of a seed come before those of the next; no seed is one of the study's."""
+    runs = study.planned(list(study.CONFIRMED.values()))
+    assert len({run.name for run in runs}) == len(runs) == 180
+    assert [run.method for run in runs[:6]] == ["a3po", "dapo", "random"] * 2
+    for part in (runs[:90], runs[90:]):
+        assert [run.seed for run in part] == sorted(run.seed for run in part)
+    assert min(run.seed for run in runs) == 200 > max(run.seed for run in
+                                                      study.planned(study.GROUPS, 100))
+    there = {(run.place, run.method) for run in runs}
+    for claim in study.CONFIRM_CLAIMS:
+        assert {(claim.places, claim.a), (claim.places, claim.b)} <= there
 
 
 @pytest.mark.parametrize("method", study.METHODS)
@@ -200,7 +277,8 @@ def test_what_the_readmes_quote_is_in_the_summary_and_that_in_the_runs(tmp_path,
     for readme in ("README.md", "demo/README.md"):
         quoted = re.findall(r"[+-]\d+\.\d+ ± \d+\.\d+", (ROOT / readme).read_text())
         assert not [figure for figure in quoted if figure not in summary]
-    shutil.copy(results / "runs.jsonl", tmp_path)
+    for file in results.glob("*.jsonl"):
+        shutil.copy(file, tmp_path)
     monkeypatch.setattr("pictures.draw_all", lambda *_: None)
     study.report(tmp_path, 239)
     assert (tmp_path / "summary.md").read_text() == summary
