@@ -244,7 +244,7 @@ class Run:
                 *REGIMES[regime][1].split(), *METHODS[self.method].split(), f"--seed={self.seed}"]
 
 
-def train_one(run: Run, out: Path) -> None:
+def train_one(run: Run, out: Path, more_flags: tuple = ()) -> None:
     """Train in this process, with the study's evaluation and, for "random", its choice."""
     from make_bases import by_precedence, distinct_of_4
 
@@ -266,7 +266,7 @@ def train_one(run: Run, out: Path) -> None:
             metrics |= dict(plain_accuracy=easy["accuracy"])
         return metrics
 
-    flags = [*run.flags, f"--output_dir={out}"]
+    flags = [*run.flags, *more_flags, f"--output_dir={out}"]
     config = a3po.parse_args(flags)
     due = [s for s in range(config.steps + 1) if a3po.is_due(s, config.eval_every, config.steps)]
     lines = (BASES / "plain.jsonl").read_text().splitlines()
