@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import make_bases
 import study
 
 RESULTS = study.HERE / "results"
@@ -104,6 +105,8 @@ def reduce(run: study.Run, out: Path) -> dict:
 
 
 def train(runs: list[study.Run], work: Path) -> None:
+    if not (study.BASES / "train.jsonl").exists():
+        make_bases.make_problems(study.BASES)
     done = study.read_runs(RESULTS / "why.jsonl")
     for run in [run for run in runs if run.name not in done]:
         out = work / run.name
