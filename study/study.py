@@ -271,11 +271,19 @@ def train_one(run: Run, out: Path, more_flags: tuple = ()) -> None:
     due = [s for s in range(config.steps + 1) if a3po.is_due(s, config.eval_every, config.steps)]
     lines = (BASES / "plain.jsonl").read_text().splitlines()
     plain_texts = {json.loads(line)["problem"] for line in lines}
-    a3po.run_eval, choose = held_out, a3po.smallest
+    a3po.run_eval = held_out
     if run.method == "random":
-        a3po.torch.manual_seed(run.seed)
-        a3po.smallest = lambda values, *rest: choose(a3po.torch.rand(values.shape), *rest)
+        choose_at_random(run.seed)
     a3po.main(flags)
+
+
+def choose_at_random(seed: int) -> None:
+    """Let A3PO choose as many tokens as ever, but at random: the control."""
+    import a3po
+
+    a3po.torch.manual_seed(seed)
+    choose = a3po.smallest
+    a3po.smallest = lambda values, *rest: choose(a3po.torch.rand(values.shape), *rest)
 
 
 def machine() -> str:
@@ -304,7 +312,7 @@ def gather(run: Run, out: Path) -> dict:
                 evals=evals, trained=trained)
 
 
-def do(run: Run, work: Path, file: Path) -> str:
+def do(run: Run, work: Path, file: Path, script: str) -> str:
     """Train a run in a process of its own, append its line; return what went wrong, or ""."""
     out, began = work / run.name, time.time()
     shutil.rmtree(out, ignore_errors=True)
@@ -312,7 +320,7 @@ def do(run: Run, work: Path, file: Path) -> str:
     one = "--one=" + json.dumps([run.place, run.method, run.seed, str(out)])  # some begin with -
     env = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     with (work / f"{run.name}.log").open("w") as log:
-        code = subprocess.call([sys.executable, __file__, one], env=env, stdout=log, stderr=log)
+        code = subprocess.call([sys.executable, script, one], env=env, stdout=log, stderr=log)
     if code:
         return f"{run.name} ended with {code}: see {work / run.name}.log"
     record = gather(run, out) | dict(seconds=round(time.time() - began), machine=machine())
@@ -327,8 +335,9 @@ def read_runs(file: Path) -> dict[str, dict]:
     return {record["name"]: record for record in map(json.loads, lines)}
 
 
-def train_all(runs: list[Run], jobs: int, work: Path, file: Path) -> bool:
-    """Train what has no line yet, `jobs` at a time; return whether all went well."""
+def train_all(runs: list[Run], jobs: int, work: Path, file: Path, script: str = __file__) -> bool:
+    """Train what has no line in the file yet, `jobs` at a time, each by `script --one=...`; return
+    whether all went well."""
     import make_bases
 
     if not (BASES / "train.jsonl").exists():
@@ -339,7 +348,7 @@ def train_all(runs: list[Run], jobs: int, work: Path, file: Path) -> bool:
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done; logs are in {work}", flush=True)
     failed = 0
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        tasks = [pool.submit(do, run, work, file) for run in todo]
+        tasks = [pool.submit(do, run, work, file, script) for run in todo]
         for task in tqdm(concurrent.futures.as_completed(tasks), "runs", len(runs),
                          initial=len(runs) - len(todo)):
             if wrong := task.result():
@@ -418,8 +427,10 @@ def verdict(claim: Claim, mean: float, half: float, p: float) -> tuple[str, str]
     not decidable. "same" holds if the interval lies within the effect, and does not if it excludes
     0 and the estimate reaches the effect; for "found" the exact sign test says what excludes 0.
     """
-    if half == 0:
-        return "not decidable here", "no spread"
+    return by_interval(claim, mean, half, p) if half else ("not decidable here", "no spread")
+
+
+def by_interval(claim: Claim, mean: float, half: float, p: float) -> tuple[str, str]:
     two_sided = claim.kind in ("differs", "same")
     size = abs(mean) if two_sided else mean
     large, small = p < LEVEL and size >= claim.effect, size + half < claim.effect
@@ -431,7 +442,9 @@ def verdict(claim: Claim, mean: float, half: float, p: float) -> tuple[str, str]
 
 
 def judge(runs: list[dict], claims: list[Claim] = CLAIMS) -> list[dict]:
-    """Return for each claim: n, mean, half, p (Holm's), verdict and the side that decides."""
+    """Return for each claim: n, mean, half, p (Holm's), verdict and the side that decides; also the
+    verdict "before", by the rule that the study was first judged by: Holm's p for what is
+    significant, a plain interval for what is small, without a look at the spread."""
     results = []
     size = Counter(claim.family for claim in claims)
     for claim in claims:
@@ -445,43 +458,60 @@ def judge(runs: list[dict], claims: list[Claim] = CLAIMS) -> list[dict]:
     for family in size:
         mine = [r for r in results if r["claim"].family == family]
         for r, p in zip(mine, holm([r["p"] for r in mine]), strict=True):
-            r["p"] = p
+            r["p"], r["before"] = p, "not run"
+            if r["n"] > 1:
+                plain = measure(pairs(r["claim"], runs), r["claim"].kind)
+                r["before"] = by_interval(r["claim"], *plain[:2], p)[0]
     return results
 
 
-def confirm(runs: list[dict]) -> tuple[list[dict], dict[str, str]]:
-    """Judge CONFIRM_CLAIMS, those of a family on its planned runs alone and only when all of them
-    are there; return the results and how many are, in words."""
-    results, state = [], {}
-    done = {record["name"]: record for record in runs}
-    for family, group in CONFIRMED.items():
+FRESH = """Fresh seeds (`--confirm`), none of the study's pooled in; what they can show was
+calculated before: [power.md](power.md)."""
+
+
+def judge_later(runs: list[dict], others: list[dict], families: dict, claims: list[Claim],
+                about: str) -> dict[str, dict]:
+    """Judge what was written down for later, a family's claims on its planned runs alone and only
+    when all of them are there. Return for each family: words, how many runs are there; results;
+    pooled, for exploration the results with the pairs of the `others`."""
+    done, later = {record["name"]: record for record in runs}, {}
+    for family, group in families.items():
         names = [run.name for run in planned([group])]
         mine = [done[name] for name in names if name in done]
         whole = len(mine) == len(names)
-        state[family] = (f"{len(mine)} of {len(names)} runs are there"
-                         f"{'' if whole else '; judged when all are'}.")
-        claims = [claim for claim in CONFIRM_CLAIMS if claim.family == family]
-        results += judge(mine if whole else [], claims)
-    return results, state
+        own = [claim for claim in claims if claim.family == family]
+        state = "." if whole else "; judged when all are."
+        later[family] = dict(
+            words=f"{len(mine)} of {len(names)} runs are there{state} {' '.join(about.split())}",
+            results=judge(mine if whole else [], own),
+            pooled=judge(mine + others, own) if whole and others else [])
+    return later
 
 
 def report(out: Path, runs_planned: int) -> None:
     """Judge the runs in out; write summary.md and the pictures there."""
     import pictures
+    import readings
+    import smollm2
+    import why
 
-    runs = list(read_runs(out / "runs.jsonl").values())
+    runs, fresh, hundred, real, explored = (list(read_runs(out / f"{name}.jsonl").values()) for name
+                                            in ("runs", "confirm", "seeds-100/runs", "smollm2",
+                                                "why"))
     if not runs:
         sys.exit(f"error: {out} has no runs yet")
     results = judge(runs)
-    confirmed, state = confirm(list(read_runs(out / "confirm.jsonl").values()))
+    later = judge_later(fresh, runs + hundred, CONFIRMED, CONFIRM_CLAIMS, FRESH)
+    later |= judge_later(real, [], smollm2.PLANNED, smollm2.CLAIMS, smollm2.ABOUT)
     rule = " ".join((RULE + verdict.__doc__.partition("\n\n")[2]).split())
-    pictures.write_summary(runs, results, confirmed, state, runs_planned, rule,
-                           "bash run.sh study", out)
-    pictures.draw_all(runs, results, MAIN, PLACES, out)
+    sections = readings.section(runs) + why.section(explored, results)
+    pictures.write_summary(runs, results, later, sections, runs_planned, rule, out)
+    pictures.draw_all(runs, results, later["cells again"]["results"], MAIN, PLACES, out)
+    why.draw(explored, results, out / "why.png")
     print(f"{out / 'summary.md'}: " + ", ".join(
         f"{n} {v}" for v, n in Counter(r["verdict"] for r in results).most_common()))
-    for family, words in state.items():
-        print(f"{family}: {words}")
+    for family, found in later.items():
+        print(f"{family}: {found['words']}")
 
 
 def planned(groups: list[tuple], first_seed: int = 0) -> list[Run]:

@@ -1,13 +1,9 @@
 """Why entropy moves: does the covariance of log-probability and weighted advantage foretell it?
 
-    python study/why.py            train what is missing of 15 runs, one of each method, then judge
-    python study/why.py --judge    results/why.md and why.png of the runs that are there
+    python study/why.py                train what is missing of 15 runs, one of each method
+    python study/study.py --judge      then summary.md and why.png say what they show
 
-To first order a policy-gradient update changes the entropy H of the next token by minus the
-covariance, over the tokens that could come, of log p and p times the weighted advantage w A
-(2505.22617), which is minus the mean of p (log p + H) w A, as the mean of log p is -H. Here that
-mean is over all tokens that a step has sampled, w being the method's weight and A the response's
-advantage. results/why.jsonl has the runs: means over ten steps, and some of every step.
+THEORY says what is estimated, from tokens.jsonl; results/why.jsonl has that of each run.
 """
 
 import argparse
@@ -18,10 +14,10 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
+import make_bases
 import numpy as np
 import torch
 
-import make_bases
 import study
 
 RESULTS = study.HERE / "results"
@@ -32,6 +28,17 @@ RUNS = [study.Run(place, method, SEED) for place, methods in (
                     *(cell for cell in study.CELLS if cell.endswith("entropy")))))
     for method in methods]
 DECAY = {study.MAIN: 0.0066667, "saturating": 0.015}
+FORMS = ("gradient", "natural", "plain")
+LIKE = 40  # parts of equal size, by entropy, into which a step's tokens are put
+THEORY = """\
+To first order an update changes the entropy H of the next token by minus the covariance, over the
+tokens that could come, of log p and w A (a natural policy gradient, 2505.22617) or of log p and p
+w A (a plain one): A is the advantage of the response, w the method's weight on the token.
+tokens.jsonl has log p and H where a token was sampled, not the rest of its distribution, so there
+are three estimates of the mean over a step's tokens. **gradient**: minus the mean of (x - c) w A
+with x = p (log p + H), where c, what x is on average at that place, is taken from the step's
+tokens of like H. **natural**: minus the mean of (log p + H) w A, since the mean of log p is -H.
+**plain**: minus the covariance of log p and w A over all tokens of a step, places mixed."""
 SURE = 0.99  # probability from which a token is as good as certain
 CLIP = (0.8, 1.28)
 
@@ -60,48 +67,54 @@ def weights(place: str, step: int, correct, logprobs, mask, entropy) -> dict[str
             for name, choice in choices.items()}
 
 
+def estimates(logprobs: torch.Tensor, entropy: torch.Tensor,
+              advantages: torch.Tensor) -> dict[str, float]:
+    """Return what tokens foretell of the change of entropy, in units of the step size, by FORMS.
+    logprobs, entropy, the weighted advantages: (N,)."""
+    surprise = logprobs + entropy
+    x = logprobs.exp() * surprise
+    here = torch.empty_like(x)
+    for part in entropy.argsort().tensor_split(LIKE):
+        here[part] = x[part].mean() if len(part) else 0.0
+    return dict(gradient=-((x - here) * advantages).mean().item(),
+                natural=-(surprise * advantages).mean().item(),
+                plain=-torch.cov(torch.stack([logprobs, advantages]))[0, 1].item())
+
+
 def foretold(rows: list[dict], place: str) -> dict[str, float]:
-    """Return of a step's responses: tokens, their entropy, and what their weights foretell of the
-    change of entropy, in units of the step size: minus the means of p (log p + H) w A."""
+    """Return of a step's responses: tokens, their entropy, shares of some of them, and what is
+    foretold with the run's weights (own), with none (flat), and as each method would weigh them."""
     old, new, entropy, own = (padded(rows, name) for name in ("old", "new", "entropy", "weight"))
     mask = torch.arange(old.shape[1]) < torch.tensor([[len(row["old"])] for row in rows])
     correct = torch.tensor([row["correct"] for row in rows])
     advantage = torch.tensor([[row["advantage"]] for row in rows], dtype=torch.float64)
-    natural = -(old + entropy) * advantage
-    gradient = natural * old.exp()
-    ratio, n = (new - old).exp(), mask.sum()
-    clipped = torch.where(advantage > 0, ratio > CLIP[1], ratio < CLIP[0])
-
-    def mean(values):
-        return (values * mask).sum().item() / n.item()
-
-    weighted, logprobs = (own * advantage)[mask], old[mask]
-    found = dict(
-        tokens=n.item(), entropy=mean(entropy), own=mean(gradient * own), flat=mean(gradient),
-        natural=mean(natural * own), natural_flat=mean(natural),
-        plain=-torch.cov(torch.stack([logprobs, weighted]))[0, 1].item(),
-        unclipped=mean(gradient * own * ~clipped), clipped=mean(clipped.double()),
-        sure=mean((old.exp() > SURE).double()),
-        sure_part=mean(gradient * own * (old.exp() > SURE)),
-        chosen_sure=mean(((own > 1) & (old.exp() > SURE)).double()),
-        chosen=mean((own > 1).double()))
-    for name, weight in weights(place, rows[0]["step"], correct, old, mask, entropy).items():
-        found[f"as {name}"] = mean(gradient * weight)
-        found[f"natural as {name}"] = mean(natural * weight)
+    ratio, chosen, sure = (new - old).exp(), own > 1, old.exp() > SURE
+    clipped = torch.where(advantage > 0, ratio > CLIP[1], ratio < CLIP[0]) & (advantage != 0)
+    factors = dict(own=own, flat=torch.ones_like(old), unclipped=own * ~clipped)
+    factors |= weights(place, rows[0]["step"], correct, old, mask, entropy)
+    found = dict(tokens=mask.sum().item(), entropy=entropy[mask].mean().item(),
+                 clipped=clipped[mask].double().mean().item(),
+                 sure=sure[mask].double().mean().item(),
+                 sure_chosen=sure[chosen & mask].double().mean().item())
+    for name, weight in factors.items():
+        values = estimates(old[mask], entropy[mask], (weight * advantage)[mask])
+        found |= {f"{form} {name}": value for form, value in values.items()}
     return found
 
 
 def reduce(run: study.Run, out: Path) -> dict:
-    """Return what is kept of a run: of every ten steps the mean entropy, else sums over the steps
-    of what they foretell; "steps" has entropy and what is foretold of each."""
+    """Return what is kept of a run: means over every ten steps, of some values each step's."""
     with (out / "tokens.jsonl").open() as lines:
         steps = [foretold(list(rows), run.place)
                  for _, rows in groupby(map(json.loads, lines), lambda row: row["step"])]
-    short = {name: [study.short(np.mean([x[name] for x in steps[i : i + 10]]))
-                    for i in range(0, len(steps), 10)] for name in steps[0]}
-    per_step = {name: [study.short(x[name]) for x in steps] for name in ("entropy", "own", "flat")}
-    return dict(name=run.name, place=run.place, method=run.method, seed=run.seed, windows=short,
-                steps=per_step)
+    windows = {}
+    for name in steps[0]:
+        parts = [[x[name] for x in steps[i : i + 10]] for i in range(0, len(steps), 10)]
+        windows[name] = [study.short(float(np.mean(part))) for part in parts]  # None: of no token
+    each = {name: [study.short(x[name]) for x in steps]
+            for name in ("entropy", "gradient own", "gradient flat")}
+    return dict(name=run.name, place=run.place, method=run.method, seed=run.seed, windows=windows,
+                steps=each)
 
 
 def train(runs: list[study.Run], work: Path) -> None:
@@ -121,10 +134,158 @@ def train(runs: list[study.Run], work: Path) -> None:
         print(run.name, flush=True)
 
 
+# ---- what it shows ------------------------------------------------------------------------------
+
+
+def summed(record: dict, name: str) -> np.ndarray:
+    """Return the sum of what is foretold up to the middle of each ten steps, from the first on."""
+    means = np.array(record["windows"][name])
+    sums = 10 * means.cumsum() - 5 * means
+    return sums - sums[0]
+
+
+def entropy_of(record: dict) -> np.ndarray:
+    return np.array(record["windows"]["entropy"])
+
+
+def scale(dapo: dict, form: str) -> float:
+    """Return the step size, the one free number: with it DAPO's tokens foretell DAPO's entropy."""
+    sums, change = summed(dapo, f"{form} flat"), entropy_of(dapo) - entropy_of(dapo)[0]
+    return float(sums @ change / (sums @ sums))
+
+
+def from_dapo(dapo: dict, method: str, form: str) -> float:
+    """Return the foretold difference of the mean entropy, in nats, of a method from DAPO, from
+    DAPO's tokens alone."""
+    more = summed(dapo, f"{form} {method}") - summed(dapo, f"{form} flat")
+    return scale(dapo, form) * float(more.mean())
+
+
+def from_itself(run: dict, dapo: dict) -> float:
+    """Return the same from the tokens of the method's own run ("gradient")."""
+    more = summed(run, "gradient own") - summed(dapo, "gradient flat")
+    return scale(dapo, "gradient") * float(more.mean())
+
+
+def measured(results: list[dict]) -> dict[tuple, tuple[float, float]]:
+    """Return (place, method): the study's difference of the mean entropy from DAPO's, and half its
+    interval."""
+    found = {}
+    for r in results:
+        claim = r["claim"]
+        if claim.metric == study.ENTROPY and "dapo" in (claim.a, claim.b) and r["n"] > 1:
+            method, sign = (claim.a, 1) if claim.b == "dapo" else (claim.b, -1)
+            found.setdefault((claim.places, method), (sign * r["mean"], r["half"]))
+    return found
+
+
+def comparisons(records: dict, results: list[dict]) -> list[dict]:
+    """Return for each method that DAPO's tokens can be weighed like: foretold and measured."""
+    rows, study_says = [], measured(results)
+    for place in DECAY:
+        dapo = records.get((place, "dapo"))
+        for method in ("a3po", *study.CELLS):
+            if dapo and (place, method) in study_says:
+                mean, half = study_says[place, method]
+                rows.append(dict(
+                    place=place, method=method, mean=mean, half=half,
+                    **{form: from_dapo(dapo, method, form) for form in FORMS},
+                    own=from_itself(records[place, method], dapo)
+                    if (place, method) in records else None))
+    return rows
+
+
+def agreement(rows: list[dict], form: str) -> str:
+    """Say how often the sign is right, of the differences that the study decides, and how the
+    foretold and the measured go together."""
+    decided = [row for row in rows if abs(row["mean"]) > row["half"]]
+    right = sum(row[form] * row["mean"] > 0 for row in decided)
+    r = np.corrcoef([row[form] for row in rows], [row["mean"] for row in rows])[0, 1]
+    off = np.mean([abs(row[form] - row["mean"]) for row in rows])
+    return f"| {form} | {right} of {len(decided)} | {r:+.2f} | {off:.3f} |"
+
+
+def section(runs: list[dict], results: list[dict]) -> list[str]:
+    """Return the page of summary.md."""
+    records = {(x["place"], x["method"]): x for x in runs}
+    rows = comparisons(records, results)
+    if len(rows) < 3:
+        return []
+    lines = ["## Why entropy moves", "", *THEORY.splitlines(), "",
+             "One number is fitted, the step size, to DAPO's own entropy in each regime; the rest "
+             "is foretold from the tokens of that one run of DAPO, weighed as another method would "
+             "have weighed them. Differences from DAPO of the mean entropy, nats; measured: the "
+             "study's seeds, simultaneous 95 % intervals.", "",
+             "![Foretold and measured entropy](why.png)", "",
+             "| regime | method | gradient | natural | plain | gradient, from its own run | "
+             "measured |", "|" + "---|" * 7]
+    for row in rows:
+        own = "-" if row["own"] is None else f"{row['own']:+.3f}"
+        forms = " | ".join(f"{row[form]:+.3f}" for form in FORMS)
+        lines.append(f"| {row['place']} | {row['method']} | {forms} | {own} | {row['mean']:+.3f} ± "
+                     f"{row['half']:.3f} |")
+    lines += ["", "| form | signs right, of those decided | correlation with measured | mean "
+              "distance, nats |", "|---|---|---|---|"]
+    lines += [agreement(rows, form) for form in FORMS]
+    return [*lines, "", *limits(records), ""]
+
+
+def limits(records: dict) -> list[str]:
+    """Say where the estimate can fail: sure tokens, clipping, a step size that is not one."""
+    lines = ["| regime | run | tokens of p > .99 | of the chosen ones | clipped | foretold without "
+             "the clipped | entropy change / foretold: first half | second half |",
+             "|" + "---|" * 8]
+    for (place, method), run in records.items():
+        windows = run["windows"]
+        sums, entropy = summed(run, "gradient own"), entropy_of(run)
+        halves = []
+        for part in np.array_split(np.arange(len(sums)), 2):
+            halves.append((entropy[part[-1]] - entropy[part[0]]) / (sums[part[-1]] - sums[part[0]]))
+        whole, without = (sum(windows[f"gradient {name}"]) for name in ("own", "unclipped"))
+        chosen = [x for x in windows["sure_chosen"] if x is not None]
+        lines.append(f"| {place} | {method} | {np.mean(windows['sure']):.2f} | "
+                     f"{f'{np.mean(chosen):.2f}' if chosen else '-'} | "
+                     f"{np.mean(windows['clipped']):.4f} | {without / whole:.2f} of it | "
+                     f"{halves[0]:.2f} | {halves[1]:.2f} |")
+    return lines
+
+
+def draw(runs: list[dict], results: list[dict], path: Path) -> None:
+    import pictures
+
+    records = {(x["place"], x["method"]): x for x in runs}
+    rows = comparisons(records, results)
+    if len(rows) < 3:
+        return
+    figure, axes = pictures.pyplot.subplots(1, 3, figsize=(11, 3.4))
+    for method in ("a3po", "dapo", "random"):
+        if (study.MAIN, method) in records:
+            run, dapo = records[study.MAIN, method], records[study.MAIN, "dapo"]
+            x = np.arange(len(entropy_of(run))) * 10 + 5
+            colour = pictures.COLOURS[method]
+            axes[0].plot(x, entropy_of(run), ".", color=colour, label=pictures.NAMES[method])
+            start = entropy_of(run)[0]
+            axes[0].plot(x, start + scale(dapo, "gradient") * summed(run, "gradient own"),
+                         color=colour)
+    axes[0].set(xlabel="training step", ylabel="entropy, nats per token",
+                title="measured (dots), foretold (lines)")
+    for axis, form in zip(axes[1:], ("gradient", "plain"), strict=True):
+        for row in rows:
+            axis.errorbar(row[form], row["mean"], row["half"], fmt="o", markersize=4, capsize=2,
+                          color="#0072B2" if row["method"] == "a3po" else "#444444")
+            if abs(row["mean"]) > row["half"]:
+                axis.annotate(row["method"], (row[form], row["mean"]), xytext=(5, 4),
+                              textcoords="offset points", fontsize=8)
+        ends = [min(row["mean"] for row in rows), max(row["mean"] for row in rows)]
+        axis.plot(ends, ends, color="#999999", linewidth=1)
+        axis.set(xlabel="foretold from DAPO's tokens", ylabel="measured",
+                 title=f"entropy against DAPO's: {form}")
+    pictures.finish(figure, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--judge", action="store_true", help="train nothing")
     parser.add_argument("--work", type=Path, default=Path("runs/why"), help="folder of the runs")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -132,8 +293,7 @@ def main() -> None:
         *run, out = args.one
         everything = ["--log_tokens=256", "--eval_every=0"]
         return study.train_one(study.Run(*run), Path(out), everything)
-    if not args.judge:
-        train(RUNS, args.work)
+    train(RUNS, args.work)
 
 
 if __name__ == "__main__":

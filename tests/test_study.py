@@ -18,6 +18,10 @@ from conftest import ROOT, run
 sys.path[:0] = [str(ROOT / "study"), str(ROOT / "demo")]
 import make_bases  # noqa: E402
 import make_demo  # noqa: E402
+import power  # noqa: E402
+import readings  # noqa: E402
+import smollm2  # noqa: E402
+import why  # noqa: E402
 
 import a3po  # noqa: E402
 import study  # noqa: E402
@@ -210,22 +214,28 @@ def confirmed(entropy, count=90):
     return runs
 
 
+def judge_confirmation(runs, others=()):
+    later = study.judge_later(runs, list(others), study.CONFIRMED, study.CONFIRM_CLAIMS, "Fresh.")
+    assert later["cells again"]["words"].startswith("0 of 90 runs are there; judged")
+    return later["confirmation"]
+
+
 def test_a_confirmation_is_judged_once_and_on_its_own_seeds():
     """Not before the last of its runs is there, and no other seed's run is pooled in."""
-    part, state = study.confirm(confirmed(0.1, 89))
-    assert {r["verdict"] for r in part} == {"not run"} and {r["n"] for r in part} == {0}
-    assert state["confirmation"] == "89 of 90 runs are there; judged when all are."
+    part = judge_confirmation(confirmed(0.1, 89))
+    assert {r["verdict"] for r in part["results"]} == {"not run"} and not part["pooled"]
+    assert part["words"] == "89 of 90 runs are there; judged when all are. Fresh."
     whole = confirmed(0.1)
     for x in whole:
         x["trained"]["entropy"][0] += 1e-4 * (x["seed"] % 3) * (x["method"] == "a3po")
     strangers = [record(study.MAIN, m, 0, [0] * 5, 9.0 * (m == "dapo")) for m in ("a3po", "dapo")]
-    results, state = study.confirm(whole + strangers)
-    assert state["confirmation"] == "90 of 90 runs are there."
-    assert state["cells again"].startswith("0 of 90 runs")
-    first = results[0]
+    found = judge_confirmation(whole + strangers, strangers)
+    assert found["words"] == "90 of 90 runs are there. Fresh."
+    first = found["results"][0]
     assert (first["n"], first["verdict"]) == (30, "holds")
     assert first["mean"] == pytest.approx(0.1, abs=1e-3)
-    assert results[2]["side"] == "no spread"
+    assert found["results"][2]["side"] == "no spread"
+    assert [r["n"] for r in found["pooled"]] == [31, 30, 31, 30, 31, 31]
 
 
 def test_a_stop_of_the_confirmation_leaves_complete_pairs():
@@ -248,7 +258,7 @@ def test_any_run_can_be_named_to_its_process(method, tmp_path, monkeypatch):
     wanted, commands, seen = study.Run("saturating", method, 7), [], []
     monkeypatch.setattr(study.subprocess, "call", lambda line, **_: commands.append(line) or 1)
     monkeypatch.setattr(study, "train_one", lambda *found: seen.append(found))
-    assert "ended with 1" in study.do(wanted, tmp_path, tmp_path)
+    assert "ended with 1" in study.do(wanted, tmp_path, tmp_path / "runs.jsonl", study.__file__)
     monkeypatch.setattr(sys, "argv", commands[0][1:])
     study.main()
     assert seen == [(wanted, tmp_path / wanted.name)]
@@ -277,11 +287,83 @@ def test_what_the_readmes_quote_is_in_the_summary_and_that_in_the_runs(tmp_path,
     for readme in ("README.md", "demo/README.md"):
         quoted = re.findall(r"[+-]\d+\.\d+ ± \d+\.\d+", (ROOT / readme).read_text())
         assert not [figure for figure in quoted if figure not in summary]
+    for undecided, claims in re.findall(r"(\d+) of (\d+) claims", (ROOT / "README.md").read_text()):
+        assert f"{claims} claims: " in summary and f" {undecided} are not decidable" in summary
     for file in results.glob("*.jsonl"):
         shutil.copy(file, tmp_path)
     monkeypatch.setattr("pictures.draw_all", lambda *_: None)
     study.report(tmp_path, 239)
     assert (tmp_path / "summary.md").read_text() == summary
+
+
+# ---- what goes with it --------------------------------------------------------------------------
+
+
+def test_foretold_is_what_a_small_step_does_to_entropy(monkeypatch):
+    """Thirty places with their own logits: sampled tokens, some of which weigh twice, push them by
+    w A (onehot - p); the natural gradient pushes by w A itself."""
+    rng = np.random.default_rng(0)
+    logits, gain = rng.normal(0, 1.5, (30, 5)), rng.normal(0.3, 1, (30, 5))
+
+    def entropies(logits):
+        p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        return p, -(p * np.log(p)).sum(1)
+
+    p, entropy = entropies(logits)
+    gain = (gain + (p < 0.2)) * np.where(p < 0.2, 2, 1)
+    tokens = 2000 * len(p)
+    counts = np.array([rng.multinomial(2000, row) for row in p])
+    place, token = np.repeat(np.indices(p.shape).reshape(2, -1), counts.ravel(), axis=1)
+    monkeypatch.setattr(why, "LIKE", 30)
+    found = why.estimates(*(torch.tensor(x) for x in (
+        np.log(p)[place, token], entropy[place], gain[place, token])))
+    step = 1e-4 / tokens
+    for form, push in (
+            ("gradient", counts * gain - p * (counts * gain).sum(1, keepdims=True)),
+            ("natural", tokens / len(p) * gain)):
+        change = (entropies(logits + step * push)[1] - entropy).sum() / step / tokens
+        assert change > 0.05 and found[form] == pytest.approx(change, rel=0.05), form
+
+
+def test_readings_are_compared_with_one_deviation_for_all():
+    """The seeds' and the methods' own levels do not count; noise of 1 gives differences of 1.41."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 1, (9, 400))
+    levels = 5.0 * np.arange(9)[:, None] + rng.normal(0, 30, 400)
+    differences, half, deviation = readings.compare(noise + levels)
+    assert deviation == pytest.approx(2**0.5, rel=0.05)
+    assert half == pytest.approx(2.73 * 2**0.5 / 20, rel=0.05)  # the normal's quantile at .05 / 16
+    assert differences == pytest.approx(5.0 * np.arange(1, 9), abs=0.3)
+    assert readings.decide(0.2, 0.05, 0.1) == readings.decide(-0.2, 0.05, 0.1) == "**matters**"
+    assert readings.decide(0.02, 0.05, 0.1) == "does not"
+    assert readings.decide(0.2, 0.3, 0.1) == readings.decide(0.05, 0.06, 0.1) == "?"
+
+
+def test_power_is_small_where_nothing_is_true_and_whole_where_much_is():
+    claims = [claim for claim in study.CONFIRM_CLAIMS if claim.family == "confirmation"]
+    found = np.random.default_rng(0).normal(0.1, 0.1, (6, 20))
+    for scale, least, most in ((0, 0.0, study.LEVEL), (20, 1.0, 1.0)):
+        for held in power.draw(found, claims, scale, 30):
+            assert least <= held.any(1).mean() <= most
+
+
+def test_hard_word_problems_are_right_and_split_by_their_numbers(tmp_path):
+    smollm2.make_problems(tmp_path)
+    numbers = {}
+    for name in ("hard_train", "hard_test"):
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").open()]
+        assert len({row["problem"] for row in rows}) == len(rows) == (128 if "test" in name else
+                                                                      4196)
+        for row in rows:
+            a, b = map(int, re.findall(r"\d+", row["problem"]))
+            right = a + b if row["id"].startswith("gets") else a - b
+            assert int(row["answer"]) == right and a > 12 and b > 12
+        numbers[name] = {frozenset(row["id"].split("-")[1:]) for row in rows}
+    assert not numbers["hard_train"] & numbers["hard_test"]
+    for x in study.planned([*smollm2.PLANNED.values()]):
+        config = a3po.parse_args(smollm2.Run(x.place, x.method, x.seed).flags)
+        assert config.template.endswith("<|im_start|>assistant\n") and config.steps == 20
+        assert a3po.decayed_rho(2.0, 19, config.decay_rate) == pytest.approx(1.05)
 
 
 @pytest.mark.slow
