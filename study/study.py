@@ -8,6 +8,8 @@
 
 results/runs.jsonl has the study; results/confirm.jsonl what --confirm has run, judged by itself;
 results/seeds-100 the beginning of another study with fresh seeds (--judge --out judges it).
+power.py calculates what a confirmation can show, readings.py compares our readings of the paper,
+why.py asks what moves entropy, and smollm2.py takes a real language model: all in summary.md.
 
 A run is `a3po.main` with flags, in a process of its own: the demo's size of model, one core, 2 to 8
 minutes. Its numbers become a line of runs.jsonl, and a run with a line is not trained again, so the

@@ -158,6 +158,14 @@ def test_three_verdicts_come_from_one_interval():
             assert study.verdict(claim, middle, half, m * p)[0] == expected
 
 
+def test_what_is_significant_is_what_the_interval_says():
+    rng = np.random.default_rng(5)
+    for n, m in ((3, 1), (3, 8), (20, 6), (30, 13)):
+        for _ in range(100):
+            mean, half, p = study.measure(rng.normal(0.5, 1, n), "more", m)
+            assert (m * p < study.LEVEL) == (abs(mean) > half)
+
+
 def test_planted_runs_are_judged_by_pairs_of_seeds():
     rng, runs = np.random.default_rng(0), []
     for seed in range(20):
@@ -169,6 +177,10 @@ def test_planted_runs_are_judged_by_pairs_of_seeds():
                if r["claim"].text == "on traps A3PO is ahead of DAPO at step 50"]
     assert ahead["n"] == 20 and ahead["verdict"] == "holds"
     assert ahead["mean"] == pytest.approx(0.2, abs=0.02) and ahead["half"] < 0.03
+    family = [claim for claim in study.CLAIMS if claim.family == "exploration"]
+    alone = study.measure(study.pairs(ahead["claim"], runs), "more")[1]
+    assert ahead["half"] == pytest.approx(alone * 3.2906 / 2.0930, rel=1e-4)  # t(1-.05/26), t(.975)
+    assert len(family) == 13 and ahead["before"] == "holds"
     assert study.pairs(ahead["claim"], runs[:-1]).shape == (19,)
     assert {r["verdict"] for r in study.judge([])} == {"not run"}
 
