@@ -216,11 +216,12 @@ def section(runs: list[dict], results: list[dict]) -> list[str]:
     if len(rows) < 3:
         return []
     lines = ["## Why entropy moves", "", *THEORY.splitlines(), "",
-             "Exploratory: the estimates were worked out on the tokens of the first of these runs, "
-             "with the study's differences known. One number is fitted, the step size, to DAPO's own entropy in each regime; the rest "
-             "is foretold from the tokens of that one run of DAPO, weighed as another method would "
-             "have weighed them. Differences from DAPO of the mean entropy, nats; measured: the "
-             "study's seeds, simultaneous 95 % intervals.", "",
+             "Exploratory: the estimates were worked out on the tokens of the first of these "
+             "runs, with the study's differences known. One number is fitted, the step size, to "
+             "DAPO's own entropy in each regime; the rest is foretold from the tokens of that "
+             "one run of DAPO, weighed as another method would have weighed them. Differences "
+             "from DAPO of the mean entropy, nats; measured: the study's seeds, simultaneous 95 "
+             "% intervals.", "",
              "![Foretold and measured entropy](why.png)", "",
              "| regime | method | gradient | natural | plain | gradient, from its own run | "
              "measured |", "|" + "---|" * 7]
