@@ -29,7 +29,7 @@ our reading where none says.
 
 Left out: a critic (the group is the baseline), sequence and tensor parallel training (FSDP shards
 what has to be), asynchronous rollouts (the policy that is updated is the one that sampled), LoRA
-(the paper trains all weights), several turns and tools (a response is one answer).
+(the paper trains all weights), multi-turn and tools (a response is one answer).
 
 Shapes: P prompts, G responses to each, B responses in a batch, T response tokens, N packed tokens
 (prompts and responses), R response tokens without padding.

@@ -17,9 +17,9 @@ alone, and fail if they exit with an error.
 
 Samples are the same for any number of ranks, and after a kill and a restart with the same --out,
 which gets results.json (numbers, versions, prompts, sampling, commit) and samples.jsonl (every
-response and verdict). Without a hub: --data-dir with aime24, aime25, aime26, hmmt_feb_2025,
-math500, gsm8k_test, gpqa_diamond (gated), as .jsonl, .parquet or .csv, and LiveCodeBench's
-test.jsonl ... test6.jsonl.
+question but GPQA's, response and verdict). Without a hub: --data-dir with aime24, aime25, aime26,
+hmmt_feb_2025, math500, gsm8k_test, gpqa_diamond (gated), as .jsonl, .parquet or .csv, and
+LiveCodeBench's test.jsonl ... test6.jsonl.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from shelf.data import name_apart, read_rows, to_problem
 from shelf.folder import append_records, environment, folder_path, keep_records, replace_file
 from shelf.metrics import glossary
 from shelf.ranks import UsageError, gather, init_distributed, leave, rank, say, world_size
-from shelf.report import KEPT, compare, plot_runs, results_table
+from shelf.report import KEPT, compare, draw_runs, results_table
 from verify import Graders
 
 HERE = Path(__file__).resolve().parent
@@ -62,7 +62,7 @@ BENCHMARKS = {
     "aime24": Benchmark("math-ai/aime24", "aime24"),  # MAA, AIME I and II 2024
     "aime25": Benchmark("math-ai/aime25", "aime25"),
     "math500": Benchmark("HuggingFaceH4/MATH-500", "math500", id="unique_id"),  # arXiv 2305.20050
-    # Rein et al. 2311.12022. Its authors ask not to publish questions: we print and store none.
+    # Rein et al. 2311.12022. Its authors ask not to publish questions: we print and store none
     "gpqa": Benchmark("Idavidrein/gpqa:gpqa_diamond", "gpqa_diamond", "choice", "Record ID"),
     # Jain et al. 2403.07974. A loading script, which `datasets` no longer runs: see LCB_FILES.
     "livecodebench": Benchmark("livecodebench/code_generation_lite", kind="code", id="question_id"),
@@ -103,7 +103,7 @@ def gpqa_row(row: dict) -> dict:
     seed = rollout.request_seed("gpqa", row["Question"])
     order = np.random.default_rng(seed).permutation(4).tolist()
     return dict(problem=row["Question"], choices=[options[i] for i in order],
-                answer="ABCD"[order.index(0)])
+                answer="ABCD"[order.index(0)], unpublished=True)
 
 
 def load_benchmark(name: str, bench: Benchmark, args: argparse.Namespace) -> list[Problem]:
@@ -205,12 +205,14 @@ def problem_seed(seed: int, prompt: Prompt) -> int:
 
 
 def make_records(name: str, prompt: Prompt, first: int, samples: list[Sample]) -> list[dict]:
-    """Make the lines of samples.jsonl, without the problem; first: the first sample's seed. Those
-    of math and choice can be graded again by verify.py as they are."""
-    asked = dict(kind=prompt.problem.kind, answer=prompt.problem.reference)
-    asked = asked | prompt.problem.options if asked["kind"] != "code" else dict(kind="code")
+    """Make the lines of samples.jsonl, without GPQA's problems; first: the first sample's seed.
+    Those of math and choice can be graded again by verify.py as they are."""
+    problem = prompt.problem
+    asked = {} if "unpublished" in problem.options else dict(problem=problem.text)
+    if problem.kind != "code":
+        asked |= dict(answer=problem.reference) | problem.options
     return [
-        dict(benchmark=name, id=prompt.problem.id, sample=j, seed=first + j, **asked,
+        dict(benchmark=name, id=problem.id, sample=j, seed=first + j, kind=problem.kind, **asked,
              correct=bool(s.grade.correct), status=s.grade.status, extracted=s.grade.extracted,
              length=len(s.ids), finish_reason=s.finish_reason,
              logprob=float(s.logprobs.sum(dtype=np.float64)), response=s.text)
@@ -445,7 +447,8 @@ def main(argv: list[str] | None = None) -> None:
             parser.add_argument("--out", default="curves.png", help="the picture")
         args = parser.parse_args(argv[1:])
         if command == "plot":
-            print(plot_runs(list(map(Path, args.names)), Path(args.out)))
+            draw_runs(list(map(Path, args.names))).savefig(args.out)
+            print(args.out)
         else:
             print(compare(args.names) if command == "compare" else glossary(args.names))
     except UsageError as error:

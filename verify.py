@@ -171,10 +171,11 @@ def grade_choice(extracted: str, reference: Any, n_choices: int = 4) -> Grade:
     plain = re.sub(r"\\[A-Za-z]+|[*$`]", " ", plain)
     # Letters just past the options count as named too ("A or E" of four), save the pronoun I.
     known = {*letters, *"ABCDEFGHJ"}
-    named = {x for x in re.findall(r"(?<![^\W_])[A-Z](?![^\W_])", plain) if x in known}
-    if not named and re.fullmatch(r"[\s({\[]*[a-z][\s)}\].:]*", plain):
-        named = set(re.findall(r"[a-z]", plain.upper(), re.I))
-    places = [*re.finditer(rf"(?<![^\W_]){min(named, default=0)}(?![^\W_])", plain)]
+    places = [x for x in re.finditer(r"(?<![^\W_])[A-Z](?![^\W_])", plain) if x[0] in known]
+    if not places and re.fullmatch(r"[\s({\[]*[a-z][\s)}\].:]*", plain):
+        plain = plain.upper()
+        places = [*re.finditer("[A-Z]", plain)]
+    named = {place[0] for place in places}
     if places and _NEGATION.search(plain, 0, places[0].start()):
         named = set()
     if len(named) != 1 or any(_DENIAL.match(plain, place.end()) for place in places):

@@ -83,9 +83,10 @@ def draw_methods(folders: list[Path], out: Path) -> None:
                   response_length="response length, tokens")
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     groups = report.group_runs(folders)
-    for (label, runs), colour in zip(groups.items(), report.COLOURS, strict=False):
+    colours = report.colours_of(groups)
+    for label, runs in groups.items():
         for axis, name in zip(axes, titles, strict=True):
-            report.draw_series(axis, runs, name, label, colour)
+            report.draw_series(axis, runs, name, label, colours[label])
     for axis, title in zip(axes, titles.values(), strict=True):
         axis.set(title=title, xlabel="training step")
         axis.grid(alpha=0.3)

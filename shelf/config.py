@@ -180,7 +180,7 @@ HELP = """Train a language model with A3PO, or with a method it is compared with
 Sources: [P] the paper, [R] two public reading notes of it, [C] its authors' code, [O] our reading
 where none says, [DAPO] 2503.14476. Defaults are those of --setting {setting} --preset {preset}:
 name others beside --help to see theirs. --dry_run [--gpus N] [--nodes N] [--gpu_gb N] measures
-what a run needs, without a GPU: see shelf/plan.py."""
+what a run needs, without a GPU: see shelf/plan.py. No LoRA, multi-turn, asynchronous rollouts."""
 
 
 def defaults(setting: str = "auto", preset: str = "a3po") -> Config:

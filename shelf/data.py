@@ -92,6 +92,8 @@ def to_problem(where: str, row: dict, kind: str = "", needs_answer: bool = True)
                 f"a text, there or in 'prompt' or 'question' (found columns {sorted(row)})")
         kind = own or kind or "math"
         text, reference, options = CONVERT[kind](text, row, needs_answer)
+        if row.get("unpublished"):  # then eval.py does not keep it
+            options["unpublished"] = True
     except UsageError as why:
         raise UsageError(f"{where}: {why}") from None
     names = (row.get("id"), row.get("question_id"), where.rpartition("/")[2])

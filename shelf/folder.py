@@ -25,7 +25,7 @@ from typing import Any
 from rollout import Sample
 from shelf.config import FREE, Config
 from shelf.ranks import UsageError, gather, rank, say
-from shelf.report import Console, before_after, plot_runs
+from shelf.report import Console, before_after, draw_runs, markdown
 from verify import read_json, read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -332,8 +332,8 @@ class RunFolder:
         """Draw the curves; print and write the before/after table. Raises UsageError if the last
         checkpoint could not be written."""
         if rank() == 0:
-            plot_runs([self.path], self.path / "curves.png")
-            table = before_after(self.path / "metrics.jsonl")
+            draw_runs([self.path]).savefig(self.path / "curves.png")
+            table = markdown(before_after(self.path / "metrics.jsonl"))
             replace_file(self.path / "summary.md", table + "\n")
             say(f"\n{table}\n\ntrained for {time.time() - self.began:.0f} s; everything is in "
                 f"{self.path}/ (curves.png is the picture, `python eval.py show {self.path}` makes "

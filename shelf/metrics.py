@@ -101,8 +101,7 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
     "grader_bad_reference": "bad references, responses: to problems with an unusable answer; 0",
     "groups_drawn": "groups, prompts: over --prompts_per_step they replace dead groups",
     "surplus_groups": "surplus, prompts: live groups beyond the need; drawn again in the next step",
-    "dead_groups": "dead, share: groups with equal rewards, from which nothing is learned; near 1 "
-                   "the problems are too easy or too hard",
+    "dead_groups": "dead, share: of equal rewards, useless; near 1 the data is too easy or hard",
     "dead_all_correct": "all correct, share: groups that are dead because they are too easy",
     "rollout_tokens": "sampled, tokens: in all responses of the step, on all ranks",
     # the policy that sampled, on the responses that are trained on
@@ -123,7 +122,7 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
                  "of either more than a few per cent means too large updates",
     "kl_old": "KL to old, nats: how far the step moved the policy (k3); a jump is a warning",
     "loss": "loss, mean: near 0 by design, as advantages cancel; watch reward and grad_norm",
-    "ratio_max": "|ratio-1|, largest: of a token in the step; rises with --lr and --mini_batches",
+    "ratio_max": "|ratio-1|, largest: of a token; over 10 step after step is bad: lower --lr",
     "ratio_max_deviation": "first ratio, |ratio - 1|: at the first update of a step, where the "
                            "policy has not changed yet: above 1e-5 in float32 it is a bug",
     "grad_norm": "grad norm, L2: mean before clipping; growth without end announces divergence",
@@ -160,6 +159,7 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
     "eval_maj@n": "maj@n, share: problems whose most frequent answer is correct",
     "eval_seconds": "held-out seconds, s: for sampling and grading",
 }
+HEADINGS = {text.partition(", ")[0].strip("|"): name for name, text in METRICS.items()}
 
 
 def describe(name: str) -> tuple[str, str, str]:
@@ -172,15 +172,17 @@ def describe(name: str) -> tuple[str, str, str]:
 
 
 def glossary(names: list[str]) -> str:
-    """Explain these metrics, or all, in lines that fit the terminal."""
+    """Explain these metrics, or headings of the console, or all, in lines that fit the terminal."""
     column = max(map(len, METRICS)) + 2
     width = max(shutil.get_terminal_size().columns, column + 20)
     lines = []
     for name in names or METRICS:
+        name = HEADINGS.get(name.strip("|"), name)
         try:
             label, unit, meaning = describe(name)
         except KeyError:
-            raise UsageError(f"glossary {name}: no such metric; give none to see all") from None
+            raise UsageError(f"glossary {name}: no such metric; give none to see all, and a "
+                             "heading of two words in quotes") from None
         text = f"{name:{column}}{label}, {unit}: {meaning}"
         lines.append(textwrap.fill(text, width, subsequent_indent=" " * column))
     return "\n".join(lines)

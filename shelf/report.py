@@ -16,10 +16,10 @@ KEPT = ("model", "n", "seed", "template", "temperature", "top_p", "max_response_
 
 # ---- the console ---------------------------------------------------------------------------------
 
-CONSOLE = {  # metric: format
-    "reward": ".3f", "entropy": ".3f", "response_length": ".1f", "rho_positive": ".3f",
-    "ratio_max": ".3f", "mismatch_mean": ".1e", "dead_groups": ".2f", "grad_norm": ".3f",
-    "tokens_per_second": ".0f", "seconds": ".2f",
+CONSOLE = {  # metric: width and format of its column; with the step 79 columns
+    "reward": (8, ".3f"), "entropy": (8, ".3f"), "response_length": (8, ".1f"),
+    "rho_positive": (7, ".3f"), "ratio_max": (10, ".3g"), "mismatch_mean": (9, ".1e"),
+    "dead_groups": (5, ".2f"), "grad_norm": (10, ".3g"), "seconds": (8, ".1f"),
 }
 
 
@@ -33,12 +33,16 @@ class Console:
         if time.time() - self.printed < 2:
             return
         if self.lines == 0:
-            say("(a line at most every two seconds; metrics.jsonl has every step)")
+            say("(a line at most every two seconds; metrics.jsonl has every step; what a heading\n"
+                "means: python eval.py glossary; |ratio-1| over 10 step after step is too much)")
         if self.lines % 20 == 0:
-            say(f"{'step':>6}" + "".join(f"{describe(name)[0]:>10}" for name in CONSOLE))
-        cells = [f"{'-':>10}" if metrics.get(name) is None else f"{metrics[name]:>10{form}}"
-                 for name, form in CONSOLE.items()]
-        say(f"{metrics['step']:6d}" + "".join(cells))
+            heads = [describe(name)[0].rjust(width) for name, (width, _) in CONSOLE.items()]
+            say("  step" + "".join(heads))
+        line = f"{metrics['step']:6d}"
+        for name, (width, form) in CONSOLE.items():
+            value = metrics.get(name)
+            line += ("-" if value is None else f"{value:{form}}").rjust(width)
+        say(line)
         self.printed, self.lines = time.time(), self.lines + 1
 
 
@@ -66,14 +70,15 @@ def score_cells(metrics: list[dict]) -> list[str]:
     return [f"{100 * m:.1f} ± {100 * e:.1f}" for m, e in zip(means, errors, strict=True)]
 
 
-def metrics_table(heading: str, rows: dict[str, dict[str, float]]) -> str:
-    """Show all metrics of each row, without columns of zeros; pass@1 is the accuracy."""
-    columns = [[heading, *rows]]
-    for key in dict.fromkeys(key for metrics in rows.values() for key in metrics):
-        values = [metrics.get(key) for metrics in rows.values()]
+def metric_rows(heading: str, columns: dict[str, dict[str, float]]) -> list[list[str]]:
+    """Return heading and rows of a table, a row for each metric that is not 0 in all columns;
+    pass@1 is the accuracy."""
+    rows = [[heading, *columns]]
+    for key in dict.fromkeys(key for metrics in columns.values() for key in metrics):
+        values = [metrics.get(key) for metrics in columns.values()]
         if key == "accuracy" or (any(values) and key not in ("pass@1", "seconds")):
-            columns.append([key, *("-" if value is None else f"{value:.4g}" for value in values)])
-    return markdown(list(zip(*columns, strict=True)))
+            rows.append([key, *("-" if value is None else f"{value:.4g}" for value in values)])
+    return rows
 
 
 def results_table(model: str, metrics: dict[str, dict]) -> str:
@@ -83,23 +88,21 @@ def results_table(model: str, metrics: dict[str, dict]) -> str:
     if len(metrics) > 5 and metrics.keys() >= set(PAPER):
         heads.append("paper's five")
         cells.append(score_cells([metrics[name] for name in PAPER])[-1])
-    scores = [heads, [model, *cells]]
     note = ("accuracy (avg@n) in percent ± standard error, clustered by problem; the paper's "
             f"average is over {', '.join(PAPER)}\n"
             "below, lengths are in tokens and metrics that are 0 everywhere are not shown")
-    return "\n\n".join([markdown(scores), note, metrics_table("benchmark", metrics)])
+    tables = [heads, [model, *cells]], metric_rows("benchmark", metrics)
+    return f"{markdown(tables[0])}\n\n{note}\n\n{markdown(tables[1])}"
 
 
-def before_after(path: Path) -> str:
-    """Show the first and the last evaluation of a run's metrics.jsonl."""
+def before_after(path: Path) -> list[list[str]]:
+    """Return the rows of a table of the first and the last evaluation of a run's metrics.jsonl."""
     evals = [record for _, record in read_jsonl(path) if "eval_accuracy" in record]
-    if not evals:
-        return "(no held-out data was given)"
-    rows = {}
-    for when, record in (("before", evals[0]), ("after", evals[-1])):
-        metrics = {key[5:]: value for key, value in record.items() if key != "step"}
-        rows[f"{when} (step {record['step']})"] = metrics
-    return metrics_table("held-out", rows)
+    columns = {}
+    for when, record in zip(("before", "after"), evals[:1] + evals[-1:], strict=False):
+        columns[f"{when} (step {record['step']})"] = {
+            key[5:]: value for key, value in record.items() if key != "step"}
+    return metric_rows("held-out" if evals else "no held-out data was given", columns)
 
 
 SPEEDS = dict(flops=990e12, update=0.4, score=0.4, generate=0.08)  # an H100's, and shares of it
@@ -167,9 +170,8 @@ def compare(folders: list[str]) -> str:
         raise UsageError("these evaluations have no problem in common")
     headings = [f"{name} ({scores.shape[1]})" for name, scores in common.items()]
     rows = [["accuracy, %", *headings, "average"]]
-    notes = ["(problems in common); in brackets the difference from the first row with its 95 % "
-             "interval, by paired bootstrap over the problems in common;\n* = significant: the "
-             "interval excludes 0; not corrected for several comparisons"]
+    notes = ["(problems in common); [95 % interval] of the difference from the first row, by "
+             "paired bootstrap;\n* = it excludes 0; not corrected for several comparisons"]
     for number, (folder, run) in enumerate(zip(folders, runs, strict=True)):
         cells = score_cells([run["benchmarks"][name] for name in common])
         deltas = [scores[number] - scores[0] for scores in common.values()]
@@ -188,11 +190,20 @@ def compare(folders: list[str]) -> str:
 
 # ---- training curves ----------------------------------------------------------------------------
 
-PANELS = ("eval_accuracy", "reward", "entropy", "entropy_positive", "entropy_negative",
-          "response_length", "rho_positive", "clip_high", "mismatch_mean", "grad_norm",
-          "dead_groups", "truncated")
-# Okabe and Ito's colours, told apart by everybody
-COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #999999".split()
+PANELS = """eval_accuracy reward entropy entropy_positive entropy_negative response_length clip_low
+    clip_high mismatch_mean grad_norm dead_groups truncated""".split()
+# One colour a method in all pictures: Okabe and Ito's, told apart by everybody
+COLOURS = dict(a3po="#0072B2", dapo="#D55E00", grpo="#009E73", nsr="#CC79A7", psr="#E69F00",
+               a3po_constant="#56B4E9", base="#000000", random="#999999")
+
+
+def colours_of(labels) -> dict[str, str]:
+    """Return a colour for each label: its method's, else, or if that is taken, one of the last."""
+    found: dict[str, str] = {}
+    for label in labels:
+        wanted = [COLOURS.get(label.partition(",")[0], "grey"), *reversed(COLOURS.values())]
+        found[label] = next((x for x in wanted if x not in ("grey", *found.values())), "grey")
+    return found
 
 
 def group_runs(folders: list[Path]) -> dict[str, list[list[dict]]]:
@@ -211,9 +222,9 @@ def group_runs(folders: list[Path]) -> dict[str, list[list[dict]]]:
     labelled = {}
     for config, runs in groups.values():
         rivals = [c for c, _ in groups.values() if c["preset"] == config["preset"]]
-        own = [f"{key} {value}" for key, value in config.items()
+        own = [f"{key} {str(value)[-40:]}" for key, value in config.items()
                if any(rival.get(key) != value for rival in rivals)]
-        labelled[", ".join([config["preset"], *own])[:60]] = runs
+        labelled[", ".join([config["preset"], *own])] = runs
     return labelled
 
 
@@ -237,37 +248,32 @@ def draw_series(axis, runs: list[list[dict]], name: str, label: str, colour: str
 def draw_runs(folders: list[Path]):
     """Return a matplotlib figure of the metrics of one or many runs, without empty panels."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import PercentFormatter
 
     groups = group_runs(folders)
+    colours = colours_of(groups)
     everything = [record for runs in groups.values() for run in runs for record in run]
     panels = [name for name in PANELS if any(r.get(name) is not None for r in everything)]
     rows = -(-len(panels) // 3)
-    figure = Figure((11, 0.6 + 2.5 * rows), layout="constrained")
+    figure = Figure((11, 0.6 + 2.5 * rows), dpi=110, layout="constrained")
     for i, name in enumerate(panels):
         axis = figure.add_subplot(rows, 3, i + 1)
-        for (label, runs), colour in zip(groups.items(), COLOURS * len(groups), strict=False):
+        for label, runs in groups.items():
             if all(any(r.get(name) is not None for r in run) for run in runs):
-                draw_series(axis, runs, name, label, colour)
+                draw_series(axis, runs, name, label, colours[label])
         label, unit, _ = describe(name)
         axis.set_title(label if unit == "share" else f"{label}, {unit}")
         axis.grid(alpha=0.3)
         if unit == "share":
             axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    counts = [len(runs) for runs in groups.values()]
-    seeds = " and ".join(map(str, sorted(set(counts))))
-    title = f"{', '.join(groups)}: " if len(groups) == 1 else ""
-    title += (f"mean over {seeds} seeds, bands and bars: one standard deviation"
-              if max(counts) > 1 else "one run" + " each" * (len(groups) > 1) + ", bars: standard "
-              "errors")
+    counts = sorted({len(runs) for runs in groups.values()})
+    title = "one run a line, bars: standard errors"
+    if counts != [1]:
+        seeds = " and ".join(map(str, counts))
+        title = f"mean over {seeds} seeds, bands and bars: one standard deviation"
     figure.suptitle(f"{title}; by training step")
-    if len(groups) > 1:
-        handles = figure.axes[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=min(len(groups), 4))
+    lines = [Line2D([], [], color=colour, label=label) for label, colour in colours.items()]
+    columns = max(1, 120 // (8 + max(map(len, colours))))  # that are as wide as the picture
+    figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), columns))
     return figure
-
-
-def plot_runs(folders: list[Path], out: Path) -> Path:
-    """Draw the metrics of one or many runs to a picture; return its path."""
-    draw_runs(folders).savefig(out, dpi=110)
-    return out

@@ -14,26 +14,17 @@ from pathlib import Path
 from shelf.folder import replace_file
 from shelf.metrics import describe
 from shelf.ranks import UsageError
+from shelf.report import before_after, metric_rows
 from verify import read_json, read_jsonl
 
 PAGE = Path(__file__).with_name("page.html")  # the data takes the place of /*DATA*/
 CURVES = (("reward", "eval_accuracy"), ("entropy_positive", "entropy_negative", "entropy"),
           ("response_length_positive", "response_length_negative", "response_length"),
           ("ratio_max", "grad_norm"), ("clip_low", "clip_high"), ("mismatch_mean",))
-TABLE = ("accuracy", "accuracy_stderr", "entropy", "length", "truncated", "no_answer", "pass@2",
-         "pass@4", "pass@8", "pass@16", "pass@32", "problems", "n")
 
 
 def read(path: Path) -> list[dict]:
     return [record for _, record in read_jsonl(path)] if path.exists() else []
-
-
-def table(rows: dict[str, dict]) -> list[list[str]]:
-    """Return heading and rows of the metrics that any of them has."""
-    names = [name for name in TABLE if any(name in row for row in rows.values())]
-    cells = [[who, *(f"{row[name]:.4g}" if row.get(name) is not None else "-" for name in names)]
-             for who, row in rows.items()]
-    return [["", *names], *cells]
 
 
 def of_training(folder: Path) -> dict:
@@ -42,39 +33,30 @@ def of_training(folder: Path) -> dict:
 
     settings = read_json(folder / "config.json")
     usual = vars(defaults(settings["setting"], settings["preset"]))
-    changed = [[name, str(value), str(usual[name])] for name, value in settings.items()
-               if name in usual and value != usual[name] and name not in ("output_dir", "resume")]
+    changed = [["not the default", "value", "default"]]
+    changed += [[name, str(value), str(usual[name])] for name, value in settings.items()
+                if name in usual and value != usual[name] and name not in ("output_dir", "resume")]
     metrics = read(folder / "metrics.jsonl")
     curves = [[dict(label=", ".join(describe(name)[:2]), meaning=describe(name)[2], points=[
         [x["step"], x[name]] for x in metrics if x.get(name) is not None]) for name in names]
         for names in CURVES]
-    evals = [{k[5:]: v for k, v in x.items() if k.startswith("eval_")} | dict(step=x["step"])
-             for x in metrics if "eval_accuracy" in x]
-    rows = {f"held out, step {x['step']}": x for x in (evals[:1] + evals[1:][-1:])}
-    responses = read(folder / "tokens.jsonl") or [
-        x | dict(text=x["response"], reference=x["answer"]) for x in read(folder / "rollouts.jsonl")
-    ]
+    responses = read(folder / "tokens.jsonl") or read(folder / "rollouts.jsonl")
     about = {k: v for k, v in settings.items() if k in usual} | settings.get("environment", {})
-    return dict(title=f"{settings['preset']} on {Path(settings['data']).name}", changed=changed,
-                about=[[k, str(v)] for k, v in about.items()], curves=curves, table=table(rows),
-                responses=responses, clip=[settings["clip_low"], settings["clip_high"]])
+    return dict(title=f"{settings['preset']} on {Path(settings['data']).name}", unit="step",
+                table=before_after(folder / "metrics.jsonl"), changed=changed, about=about,
+                curves=curves, responses=responses,
+                clip=[settings["clip_low"], settings["clip_high"]])
 
 
 def of_evaluation(folder: Path) -> dict:
     """Return what the page shows of an evaluation."""
     results = read_json(folder / "results.json")
     about = results["settings"] | results["environment"]
-    responses = [x | dict(text=x["response"], problem=f"{x['benchmark']}: {x['id']}",
-                          reference=x.get("answer")) for x in read(folder / "samples.jsonl")]
-    return dict(title=f"evaluation of {results['settings']['model']}", changed=[],
-                about=[[k, str(v)] for k, v in about.items()], curves=[],
-                table=table(results["benchmarks"]), responses=responses, clip=[0, 0])
-
-
-def page(data: dict) -> str:
-    """Return the page. In a script element only "<" could end the data."""
-    packed = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    return PAGE.read_text("utf-8").replace("/*DATA*/", packed)
+    responses = [dict(problem=f"{x['id']} (its question is not kept)") | x
+                 for x in read(folder / "samples.jsonl")]
+    return dict(title=f"evaluation of {results['settings']['model']}", unit="benchmark",
+                table=metric_rows("benchmark", results["benchmarks"]), changed=[], about=about,
+                curves=[], responses=responses)
 
 
 def main(argv: list[str]) -> None:
@@ -95,5 +77,6 @@ def main(argv: list[str]) -> None:
         if not data["responses"]:
             raise UsageError(f"--step {args.step}: no response of that step was kept")
     out = args.out or args.run / "page.html"
-    replace_file(out, page(data))
+    packed = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # it ends no script
+    replace_file(out, PAGE.read_text("utf-8").replace("/*DATA*/", packed))
     print(f"{out}: {len(data['responses'])} responses, {out.stat().st_size / 1e6:.1f} MB")

@@ -25,6 +25,7 @@ import rollout
 import verify
 
 RECIPES = sorted((ROOT / "recipes").glob("*.sh"))
+OTHERS = ROOT / "recipes" / "other_trainers.md"
 READMES = [ROOT / "README.md", *(ROOT / name / "README.md" for name in ("demo", "tests"))]
 SCRIPTS = ("a3po.py", "eval.py", "verify.py")
 LAUNCHERS = ("python", "torchrun")
@@ -169,8 +170,8 @@ def test_readme_is_one_sitting():
     assert max(map(len, (ROOT / "README.md").read_text().splitlines())) <= 120
 
 
-ORDER = """ranks sandbox answers verify rollout config data metrics report folder model checkpoints
-checks show eval a3po plan""".split()  # from the ground up
+ORDER = """ranks sandbox latex answers verify rollout config data metrics report folder model
+checkpoints checks show eval a3po plan""".split()  # from the ground up
 
 
 def imported_by(path: Path) -> set[str]:
@@ -265,29 +266,69 @@ def test_the_verl_lines():
     advantages = (scores.sum(-1, keepdim=True) * 2 - 1) * mask
     data = SimpleNamespace(batch=dict(advantages=advantages, token_level_scores=scores,
                                       old_log_probs=old, response_mask=mask))
-    exec(snippet("data.batch"), vars(a3po) | dict(data=data, step=100))
+    trainer = SimpleNamespace(global_steps=101)  # from 1
+    exec(snippet("data.batch"), vars(a3po) | dict(data=data, self=trainer))
     changed = data.batch["advantages"] != advantages
     assert changed.sum(1).tolist() == [max(1, int(0.2 * n)) for n in mask.sum(1)]
     assert torch.allclose(data.batch["advantages"][changed].abs(), torch.tensor(1.5))
 
 
-def test_the_trl_trainer():
-    """With a base class that gives a batch of TRL's form; check_snippets.py has the real one."""
-    old, mask = responses()
+def trl_advantages(old, mask, accumulation=1, per_generation=2, iterations=1, updates=0):
+    """What the README's trainer makes of a base class that gives a batch of TRL's form;
+    check_snippets.py has the real one."""
 
     class GRPOTrainer:
-        args = SimpleNamespace(steps_per_generation=8, gradient_accumulation_steps=4)
-        state = SimpleNamespace(global_step=201)  # updates: two a step
+        args = SimpleNamespace(steps_per_generation=per_generation, num_iterations=iterations,
+                               gradient_accumulation_steps=accumulation)
+        state = SimpleNamespace(global_step=updates)
 
         def _generate_and_score_completions(self, inputs):
-            return dict(completion_mask=mask, old_per_token_logps=old,
-                        advantages=torch.tensor([1.0, -1.0] * 3))
+            found = dict(completion_mask=mask, advantages=torch.tensor([1.0, -1.0] * 3))
+            return found if old is None else found | dict(old_per_token_logps=old)
 
     names = vars(a3po) | dict(GRPOTrainer=GRPOTrainer)
     exec(snippet("class A3POTrainer"), names)
-    advantages = names["A3POTrainer"]()._generate_and_score_completions(None)["advantages"]
+    return names["A3POTrainer"]()._generate_and_score_completions(None)["advantages"]
+
+
+@pytest.mark.parametrize("accumulation, per_generation, iterations, updates", [
+    (4, 8, 1, 201), (1, 2, 1, 201), (1, 2, 2, 403), (2, 2, 2, 201), (3, 2, 1, 67)])
+def test_the_trl_trainer(accumulation, per_generation, iterations, updates):
+    """Rho is that of step 100, whatever the number of updates and micro-batches until then."""
+    old, mask = responses()
+    advantages = trl_advantages(old, mask, accumulation, per_generation, iterations, updates)
     assert advantages.shape == old.shape and (advantages[::2] > 0).all()
-    assert set(advantages.abs().unique().tolist()) == {1.0, 1.5}  # rho of step 100
+    assert set(advantages.abs().unique().tolist()) == {1.0, 1.5}
+
+
+def test_the_trl_trainer_says_what_it_needs():
+    """At GRPOConfig's defaults, and with accumulation, TRL leaves the old log-probs out."""
+    for accumulation, says in ((1, "steps_per_generation=2"), (3, "steps_per_generation=6")):
+        with pytest.raises(ValueError, match=says):
+            trl_advantages(None, responses()[1], accumulation, accumulation)
+
+
+def test_the_lines_for_other_trainers():
+    """On what their sources say that they have there; they are not installed."""
+    old, mask = responses()
+    openrlhf, prime_rl = blocks(OTHERS, "python")
+    rewards, A = torch.tensor([1.0, 0] * 3), torch.tensor([[0.5], [-0.5]] * 3).expand_as(old)
+    batch = SimpleNamespace(advantages=A, rewards=rewards, action_log_probs=old,
+                            action_mask=mask.bool())
+    exec(openrlhf, vars(a3po) | dict(experiences=[batch], global_step=100))
+    shaped = a3po.shape_advantages(A, rewards > 0, old, mask, rho_positive=1.5, rho_negative=1.5)
+    assert torch.equal(batch.advantages, shaped) and not torch.equal(shaped, A)
+
+    policy = SimpleNamespace(run=SimpleNamespace(work=SimpleNamespace(policy=SimpleNamespace(
+        start=100))))
+    for row, kept in enumerate(mask.bool()):
+        given, values = [], old[row][kept].tolist()
+        nodes = [SimpleNamespace(logprobs=values[:3]), SimpleNamespace(logprobs=[]),
+                 SimpleNamespace(logprobs=values[3:])]  # the model's turns, and one of another
+        exec(prime_rl, vars(a3po) | dict(
+            episodes=[policy], trace=SimpleNamespace(nodes=nodes, reward=rewards[row].item()),
+            advantage=A[row, 0].item(), assign_advantages=lambda _, x, to=given: to.append(x)))
+        assert given == [shaped[row][kept].tolist()]
 
 
 def test_the_reward_function(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from rollout import Problem, Prompt, Sample
 from shelf import metrics as words
 from shelf import report
 from shelf.ranks import UsageError
-from verify import Graders
+from verify import Grade, Graders
 
 # ---- estimators ---------------------------------------------------------------------------------
 
@@ -186,10 +186,26 @@ def test_gpqa_shuffles_by_question_alone(tmp_path):
         assert f"\n{problem.reference}) right {i}" in problem.text
         assert all(f") wrong {i}.{j}" in problem.text for j in (1, 2, 3))
         assert (problem.id, problem.kind) == (f"rec{i}", "choice")
-        assert problem.options == {"n_choices": 4}
+        assert problem.options == {"n_choices": 4, "unpublished": True}
     assert all(4 <= letters.count(x) <= 18 for x in "ABCD")  # 40 fair draws
     write(tmp_path / "gpqa_diamond.jsonl", rows[::-1])
     assert [p.reference for p in load("gpqa", tmp_path)] == letters[::-1]
+
+
+@pytest.mark.parametrize("row, kept", [
+    (dict(problem="1+1?", answer="2"), True),
+    (dict(prompt="1+1?", answer="2", unpublished=True), False),
+    (gpqa_rows(1)[0], False)])
+def test_what_is_not_published_is_not_kept(row, kept, tmp_path):
+    """GPQA's questions, whatever the file's name, and what a row says of itself."""
+    write(tmp_path / "mine.jsonl", [row])
+    kind = "math" if "answer" in row else "choice"
+    bench = evaluation.Benchmark(str(tmp_path / "mine.jsonl"), kind=kind)
+    args = Namespace(data_dir="", lcb_release=0, lcb_from="", lcb_to="", limit=0)
+    [problem] = evaluation.load_benchmark("mine", bench, args)
+    sample = Sample(Prompt(problem, [1]), np.ones(1), np.ones(1), "stop", "r", Grade(False, None))
+    [record] = evaluation.make_records("mine", Prompt(problem, [1]), 0, [sample])
+    assert record.get("problem") == (problem.text if kept else None)
 
 
 def test_gpqa_csv(tmp_path):
@@ -288,8 +304,9 @@ def test_all_kinds_are_graded_and_every_row_counts(tmp_path):
             assert metrics["problems"] == len(prompts) and metrics["prompts_too_long"] == 1
             assert len(kept) == len(prompts)
             assert len({r["seed"] for group in groups for r in group}) == 2 * len(prompts)
-            text = json.dumps(groups)
-            assert not any(problem.text[:12] in text for problem in problems)
+            text = json.dumps(groups)  # GPQA's questions are not in it
+            assert [problem.text[:12] in text for problem in problems] == (
+                [kind == "code"] * len(problems))
             again = Script(scripts[kind])  # what is finished is not sampled again
             finished = {problems[0].id: groups[0]}
             assert evaluation.evaluate(again, again, judge, prompts, n=2, seed=0, name=kind,
@@ -402,6 +419,8 @@ def test_outputs(whole):
     assert 0.1 < metrics["demo"]["accuracy"] < 0.5 < metrics["demo"]["pass@4"] + 0.1
     assert len(lines(folder / "samples.jsonl")) == 4 * sum(counts.values())
     assert sorted(p.name for p in folder.iterdir()) == ["results.json", "samples.jsonl"]
+    asked = {r["benchmark"] for r in lines(folder / "samples.jsonl") if "problem" in r}
+    assert asked == {"aime25", "livecodebench", "demo"}  # GPQA's questions are nowhere
     text = (folder / "samples.jsonl").read_text() + (folder / "results.json").read_text() + console
     assert "Which one is" not in text and "right 1" not in text
     heading = next(line for line in console.splitlines() if line.startswith("| model"))
@@ -573,9 +592,14 @@ def test_glossary(capsys, monkeypatch):
     evaluation.main(["glossary", "entropy", "eval_maj@8"])
     text = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in text if line[0] != " "] == ["entropy", "eval_maj@8"]
+    evaluation.main(["glossary", *(report.describe(name)[0] for name in report.CONSOLE), "ratio-1"])
+    text = capsys.readouterr().out.splitlines()  # the console's headings, of which | needs quotes
+    assert [x.split()[0] for x in text if x[0] != " "] == [*report.CONSOLE, "ratio_max"]
     with pytest.raises(SystemExit):
         evaluation.main(["glossary", "nope"])
-    assert capsys.readouterr().err == "error: glossary nope: no such metric; give none to see all\n"
+    assert capsys.readouterr().err == (
+        "error: glossary nope: no such metric; give none to see all, and a heading of two words in "
+        "quotes\n")
 
 
 def test_help_has_the_protocol_and_the_file_names(capsys):
@@ -681,7 +705,8 @@ def test_runs_that_differ_in_the_seed_become_one_band(tmp_path, monkeypatch, cap
     evaluation.main(["plot", *map(str, folders)])
     assert capsys.readouterr().out.strip() == "curves.png"
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-    assert report.plot_runs(folders[:1], tmp_path / "one.png").stat().st_size > 10_000
+    report.draw_runs(folders[:1]).savefig(tmp_path / "one.png")
+    assert (tmp_path / "one.png").stat().st_size > 10_000
     import matplotlib.pyplot as pyplot
 
     axis = pyplot.subplots()[1]
@@ -695,24 +720,44 @@ def test_runs_that_differ_in_the_seed_become_one_band(tmp_path, monkeypatch, cap
 
 
 def test_pictures_are_true_for_one_run_and_for_many(tmp_path):
-    """No panel is empty, one legend names the groups, the title says what bars and bands are."""
+    """No panel is empty, one legend names the groups, the title says what bars and bands are, and a
+    method has its colour whoever else is there."""
     folders = [made_run(tmp_path / f"{p}{s}", p, s, 0.3) for p in ("a3po", "dapo") for s in (0, 1)]
-    for chosen, legends, says in (
-        (folders[:1], 0, "a3po: one run, bars: standard errors"),
-        ([folders[0], folders[2]], 1, "one run each, bars: standard errors"),
-        (folders[:2], 0, "a3po: mean over 2 seeds, bands and bars: one standard deviation"),
-        (folders, 1, "mean over 2 seeds, bands and bars: one standard deviation"),
+    for chosen, named, says in (
+        (folders[:1], ["a3po"], "one run a line, bars: standard errors"),
+        (folders[2:3], ["dapo"], "one run a line, bars: standard errors"),
+        (folders[::2], ["a3po", "dapo"], "one run a line, bars: standard errors"),
+        (folders[:2], ["a3po"], "mean over 2 seeds, bands and bars: one standard deviation"),
+        (folders, ["a3po", "dapo"], "mean over 2 seeds, bands and bars: one standard deviation"),
+        (folders[1:], ["a3po", "dapo"], "mean over 1 and 2 seeds, bands and bars: one standard"),
     ):
         figure = report.draw_runs(chosen)
-        assert figure._suptitle.get_text().startswith(says) and len(figure.legends) == legends
+        assert figure._suptitle.get_text().startswith(says)
         assert all(axis.lines and not axis.get_legend() for axis in figure.axes)
         titles = [axis.get_title() for axis in figure.axes]
         assert "held-out accuracy" in titles and "truncated" not in titles  # not in these runs
         held_out = figure.axes[titles.index("held-out accuracy")]
-        assert len(held_out.containers) == 1 + legends  # error bars
-        if legends:
-            names = [text.get_text() for text in figure.legends[0].get_texts()]
-            assert names == ["a3po", "dapo"]
+        assert len(held_out.containers) == len(named)  # error bars
+        [legend] = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == named
+        colours = [axis.lines[0].get_color() for axis in figure.axes if axis.lines]
+        assert set(colours) == {report.COLOURS[named[0]]}
+
+
+def test_no_two_groups_of_a_picture_have_one_colour():
+    labels = ["lp_reg", "a3po, lr 1", "dapo", "a3po, lr 2", "nsr", "psr", "grpo"]
+    colours = report.colours_of(labels)
+    assert len(set(colours.values())) == len(labels)
+    assert all(colours[x] == report.COLOURS[x] for x in ("dapo", "nsr", "psr", "grpo"))
+    assert colours["a3po, lr 1"] == report.COLOURS["a3po"] != colours["lp_reg"]
+    assert len(report.colours_of(list("abcdefghijklm"))) == 13  # more than there are
+
+
+def test_a_legend_has_the_groups_that_the_first_panel_lacks(tmp_path):
+    folders = [made_run(tmp_path / preset, preset, 0, 0.3) for preset in ("a3po", "dapo")]
+    write(folders[1] / "metrics.jsonl", [dict(step=s, entropy=0.5) for s in range(9)])
+    [legend] = report.draw_runs(folders).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a3po", "dapo"]
 
 
 def test_groups_of_one_preset_are_told_apart_by_what_differs(tmp_path):
@@ -721,3 +766,12 @@ def test_groups_of_one_preset_are_told_apart_by_what_differs(tmp_path):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | dict(lr=lr)))
     assert list(report.group_runs(folders)) == ["a3po, lr 1e-05", "a3po, lr 2e-05"]
+    for folder, data in zip(folders, "ab", strict=True):  # what differs is at a path's end
+        config = json.loads((folder / "config.json").read_text())
+        config |= dict(lr=1e-5, data=f"{'x' * 80}/{data}")
+        (folder / "config.json").write_text(json.dumps(config))
+    assert len(report.group_runs(folders)) == 2
+    figure = report.draw_runs(folders)
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width  # the longest labels are in the picture

@@ -59,7 +59,7 @@ def test_the_run_folder_is_complete(whole_run):
     assert [line["rho_positive"] for line in steps[:2]] == [2.0, 2.0 - 0.015]
     assert json.loads((folder / "config.json").read_text())["preset"] == "a3po"
     assert (folder / "curves.png").stat().st_size > 10_000
-    assert "| accuracy |" in (folder / "summary.md").read_text()
+    assert "| accuracy " in (folder / "summary.md").read_text()
     rollouts = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
     assert {"problem", "response", "correct", "extracted", "answer", "kind"} <= rollouts[0].keys()
     tokens = [json.loads(line) for line in (folder / "tokens.jsonl").read_text().splitlines()]

@@ -169,6 +169,9 @@ def test_a_function_of_the_prelude_is_not_the_programs_own():
         ("pass", False), ("def other(a, b):\n    return a + b", False),
         ("class Solution:\n    def other(self, a, b):\n        return a + b", False),
         ("class Solution:\n    def __init__(self, x):\n        pass", False),
+        ("class Solution:\n    pass\ndef gcd(a, b):\n    return math.gcd(a, b)", False),
+        ("class Solution:\n    def __init__(self, x):\n        pass\n"
+         "def gcd(a, b):\n    return math.gcd(a, b)", False),
         ("def gcd(a, b):\n    return math.gcd(a, b)", True),
         ("def solve(a, b):\n    return gcd(a, b)\nclass Solution:\n    gcd = staticmethod(solve)", True),
         ("class Solution:\n    def gcd(self, a, b):\n        return gcd(a, b)", True),

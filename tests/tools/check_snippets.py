@@ -2,8 +2,9 @@
 
     python tests/tools/check_snippets.py
 
-The loss section of a3po.py is executed alone, then the README's TRL trainer and verl lines run on
-it, and their advantages are compared, token by token, with `shape_advantages` called directly.
+The loss section of a3po.py is executed alone, then the README's verl lines and TRL trainer run on
+it, the trainer with five GRPOConfigs, and their advantages are compared, token by token, with
+`shape_advantages` called directly.
 """
 
 import re
@@ -22,7 +23,7 @@ from bench_trl import digits_are_even  # noqa: E402
 from conftest import make_model  # noqa: E402
 
 section = (ROOT / "a3po.py").read_text().split("# ---- loss: copy from here ----")[1]
-names: dict = {"GRPOTrainer": GRPOTrainer}
+names: dict = {}
 exec(section.split("# ---- loss: to here ----")[0], names)
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
@@ -31,53 +32,67 @@ def snippet(marker: str) -> str:
     return next(text for text in SNIPPETS if marker in text)
 
 
-def check_trl() -> None:
-    exec(snippet("class A3POTrainer"), names)
-    seen = []
+CONFIGS = (  # accumulation, steps_per_generation, num_iterations; updates, the step of each batch
+    (1, None, 1, 1, None),  # the defaults: there are no old log-probs
+    (1, 2, 1, 8, [0, 1, 2, 3]),
+    (1, 2, 2, 12, [0, 1, 2]),
+    (2, None, 2, 6, [0, 1, 2]),
+    (3, 2, 1, 4, [0, 0, 1, 3, 3, 4]),  # generations within an update count from its beginning
+)
 
-    class Spy(names["A3POTrainer"]):
+
+def check_trl(accumulation: int, per_generation: int | None, iterations: int, updates: int,
+              steps: list[int] | None) -> None:
+    batches = []
+
+    class Recorder(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            batch = super()._generate_and_score_completions(inputs)
+            batches.append((batch, dict(batch)))  # what A3POTrainer will change, and a copy
+            return batch
+
         def _compute_loss(self, model, inputs):
-            seen.append({key: value.clone() for key, value in inputs.items()
-                         if isinstance(value, torch.Tensor)})
+            assert inputs["advantages"].shape == inputs["completion_mask"].shape
             return super()._compute_loss(model, inputs)
 
+    exec(snippet("class A3POTrainer"), names | dict(GRPOTrainer=Recorder), found := {})
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder, sharpen=1.0)
         config = GRPOConfig(
-            output_dir=folder, per_device_train_batch_size=8, num_generations=8, max_steps=4,
-            steps_per_generation=2, max_completion_length=24, use_cpu=True, bf16=False, beta=0.0,
-            report_to="none", save_strategy="no", disable_tqdm=True, loss_type="dapo",
+            output_dir=folder, per_device_train_batch_size=8, num_generations=8,
+            gradient_accumulation_steps=accumulation, steps_per_generation=per_generation,
+            num_iterations=iterations, max_steps=updates,
+            max_completion_length=24, use_cpu=True, bf16=False, beta=0.0, report_to="none",
+            save_strategy="no", disable_tqdm=True, loss_type="dapo", logging_strategy="no",
         )
-        trainer = Spy(
+        trainer = found["A3POTrainer"](
             model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
             reward_funcs=digits_are_even, args=config,
-            train_dataset=Dataset.from_list([{"prompt": f"Compute {i}+1."} for i in range(8)]),
+            train_dataset=Dataset.from_list([{"prompt": f"Compute {i}+1."} for i in range(64)]),
             processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
         )
-        trainer.train()
+        try:
+            trainer.train()
+        except ValueError as error:
+            assert steps is None and "give GRPOConfig steps_per_generation=2" in str(error), error
+            return print("TRL, GRPOConfig's defaults:", error)
     amplified = 0
-    for batch in seen:
-        A, mask = batch["advantages"], batch["completion_mask"].bool()
-        assert A.shape == mask.shape
-        for row, keep, old in zip(A, mask, batch["old_per_token_logps"], strict=True):
-            row, old = row[keep].tolist(), old[keep].tolist()
-            if not any(row):
-                continue
-            base = min(row, key=abs)
-            k = max(1, int(0.2 * len(row)))
-            chosen = sorted(range(len(row)), key=lambda t: old[t] if base > 0 else -old[t])[:k]
-            # the two updates of a generation share its step; rho is 2 - 0.005 * step
-            ratios = {round(row[t] / base, 3) for t in chosen} if k < len(row) else {2.0}
-            assert ratios <= {2.0, 1.995}, ratios
-            assert all(row[t] == base for t in range(len(row)) if t not in chosen)
-            amplified += k
+    for step, (batch, before) in zip(steps, batches, strict=True):
+        A, old = before["advantages"], before["old_per_token_logps"]
+        mask, rho = before["completion_mask"], 2 - 0.005 * step
+        expected = names["shape_advantages"](A[:, None].expand_as(old), A > 0, old, mask,
+                                             rho_positive=rho, rho_negative=rho)
+        assert torch.equal(batch["advantages"], expected), step
+        amplified += ((expected != A[:, None]) & mask.bool()).sum().item()
     assert amplified
-    print(f"TRL: {len(seen)} batches, {amplified} tokens amplified, all as in shape_advantages")
+    print(f"TRL, {accumulation=}, {per_generation=}, {iterations=}: {amplified} tokens amplified "
+          f"in {len(batches)} batches, all as in shape_advantages at steps {steps}")
 
 
 def check_verl() -> None:
-    class Data:
+    class Data:  # the trainer, too
         batch: dict
+        global_steps = 101
 
     torch.manual_seed(0)
     mask = torch.arange(9) < torch.tensor([[9], [4], [1], [7]])
@@ -87,7 +102,7 @@ def check_verl() -> None:
     advantages = torch.randn(4, 1).expand(4, 9)
     data.batch = dict(advantages=advantages, token_level_scores=scores, response_mask=mask.long(),
                       old_log_probs=-torch.rand(4, 9))
-    exec(snippet("token_level_scores"), names | dict(data=data, step=100))
+    exec(snippet("token_level_scores"), names | dict(data=data, self=data))
     expected = names["shape_advantages"](
         advantages, torch.tensor([1, 0, 1, 0]), data.batch["old_log_probs"], mask,
         rho_positive=1.5, rho_negative=1.5,
@@ -100,4 +115,5 @@ def check_verl() -> None:
 
 if __name__ == "__main__":
     check_verl()
-    check_trl()
+    for config in CONFIGS:
+        check_trl(*config)
