@@ -337,6 +337,27 @@ def test_foretold_is_what_a_small_step_does_to_entropy(monkeypatch):
         assert change > 0.05 and found[form] == pytest.approx(change, rel=0.05), form
 
 
+def test_a_step_is_read_from_the_tokens_of_its_responses():
+    """Those without a gradient count as tokens and push nothing; A3PO's weights are a3po.py's."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(8):
+        length, right = 5 + i, i % 2 == 0
+        old = np.log(rng.uniform(0.1, 1, length))
+        rows.append(dict(step=0, correct=right, advantage=1.0 if right else -1.0, old=list(old),
+                         new=list(old), entropy=list(rng.uniform(0, 1, length)),
+                         weight=[1.0] * length))
+    rows[1]["new"] = [x - 0.5 for x in rows[1]["old"]]  # a wrong one that has fallen: clipped
+    found = why.foretold(rows, "saturating")
+    assert found["tokens"] == sum(range(5, 13)) and found["clipped"] == pytest.approx(6 / 68)
+    for form in why.FORMS:
+        assert found[f"{form} own"] == found[f"{form} flat"] != found[f"{form} a3po"]
+    doubled = [row | dict(weight=[2.0] * len(row["old"])) for row in rows]
+    assert why.foretold(doubled, "saturating")["natural own"] == 2 * found["natural own"]
+    silent = [row | dict(weight=None, new=None) for row in rows]
+    assert why.foretold(silent, "saturating")["natural own"] == 0
+
+
 def test_readings_are_compared_with_one_deviation_for_all():
     """The seeds' and the methods' own levels do not count; noise of 1 gives differences of 1.41."""
     rng = np.random.default_rng(0)
