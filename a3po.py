@@ -59,7 +59,7 @@ try:
     from rollout import Prompt, Sample, empty_sample, is_live, reward_failed
     from shelf import ranks
     from shelf.checkpoints import Checkpoints
-    from shelf.checks import check_agreement, check_memory, check_model, check_sleep
+    from shelf.checks import check_agreement, check_memory, check_model, check_saving, check_sleep
     from shelf.config import Config, check_config, parse_args
     from shelf.data import read_prompts
     from shelf.folder import RunFolder
@@ -546,6 +546,7 @@ def load_inputs(config: Config):
     tokenizer, model_config = rollout.load_tokenizer(
         config.model, config.max_prompt_length, config.max_response_length)
     check_model(config.model, model_config)
+    check_saving(config.model, model_config, tokenizer)
     judge = None
     if config.reward:
         judge = rollout.judge_by_function(config.reward, config.grade_timeout)

@@ -5,6 +5,7 @@ Shapes: B responses, T response tokens, N packed tokens (prompts and responses, 
 once), M tokens of whole sequences, R response tokens, H hidden size, V vocabulary.
 """
 
+import contextlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -294,6 +295,7 @@ def load_model(path: str, kernel: str, checkpointing: bool = False) -> nn.Module
     AttentionInterface.register("varlen", varlen_attention)
     AttentionInterface.register("grids", grid_attention)
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation=kernel)
+    make_valid(model.generation_config)
     # Where vLLM has no model of its own for a family it decorates this one's class, after this
     model.get_decoder().do_not_compile = True
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
@@ -306,6 +308,17 @@ def load_model(path: str, kernel: str, checkpointing: bool = False) -> nn.Module
     if checkpointing:
         model.gradient_checkpointing_enable()
     return model.train()
+
+
+def make_valid(generation) -> None:
+    """Make a GenerationConfig one that transformers agrees to write. Vicuna's, for example, has a
+    temperature without do_sample. Where more is wrong the ids of BOS and EOS alone stay: the rest
+    is not used here."""
+    others = [name for name in vars(generation) if name not in ("bos_token_id", "eos_token_id")]
+    for change in ({}, dict(do_sample=True), dict.fromkeys(others)):
+        vars(generation).update(change)
+        with contextlib.suppress(ValueError):
+            return generation.validate(strict=True)
 
 
 def distribute(policy: Policy, parallel: str, device: str, precision: torch.dtype | None = None,

@@ -5,7 +5,6 @@ Training and evaluation read the same data formats and use the same template, en
 vLLM is imported only when an `Engine` is built.
 """
 
-import contextlib
 import hashlib
 import importlib
 import logging
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from shelf.ranks import UsageError, rank, say, timed, world_size
+from shelf.ranks import UsageError, explain, rank, say, timed, world_size
 from verify import Grade, Graders
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -223,17 +222,10 @@ def stop_token_ids(tokenizer, model: str, template: str = "auto") -> list[int]:
     return sorted({i for i in [tokenizer.eos_token_id, *ids] if i is not None})
 
 
-@contextlib.contextmanager
 def of_vllm(doing: str):
     """Turn whatever vLLM raises in the block into a UsageError."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as why:
-        said = (str(why).strip() or "no message").splitlines()[-1][:300]
-        raise UsageError(f"vLLM failed {doing} ({type(why).__name__}: {said}). If it lacks memory, "
-                         "lower --max_num_seqs or --gpu_memory") from why
+    return explain(f"vLLM failed {doing}",
+                   "if it lacks memory, lower --max_num_seqs or --gpu_memory")
 
 
 class Engine:

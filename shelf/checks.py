@@ -2,12 +2,15 @@
 into the GPUs, that vLLM survives a sleep, and that vLLM and the trainer stay the same model.
 """
 
+import tempfile
+
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from model import full_weights
+from model import full_weights, make_valid
 from rollout import Engine, Prompt
-from shelf.ranks import UsageError, say
+from shelf.ranks import UsageError, explain, say
 
 # Families of which a tiny model is trained in tests/test_models.py, by config.model_type
 FAMILIES = dict(
@@ -44,6 +47,16 @@ def check_model(name: str, config) -> None:
             "that vLLM and the trainer agree about it")
 
 
+def check_saving(name: str, config, tokenizer) -> None:
+    """Write a checkpoint without weights into a temporary folder; UsageError if that fails."""
+    with (explain(f"model {name!r} cannot be built and saved again", "mend its files"),
+          torch.device("meta"), tempfile.TemporaryDirectory() as folder):
+        model = AutoModelForCausalLM.from_config(config)
+        make_valid(model.generation_config)
+        model.save_pretrained(folder, state_dict={})
+        tokenizer.save_pretrained(folder)
+
+
 def check_memory(parameters: int, reference: bool, gpu_memory: float, card: int) -> str:
     """Return a line that says how a run fits into GPUs of `card` bytes, vLLM's share of which is
     gpu_memory, by arithmetic; UsageError if it cannot. parameters: those that a rank holds."""
@@ -66,15 +79,14 @@ def check_sleep(engine: Engine, model: nn.Module, dtype: torch.dtype | None,
     """Raise UsageError unless vLLM, asleep and given the trainer's weights, which are still its
     own, says what it said before: asleep it forgets them, so one that does not arrive, or in
     another form, is seen. All ranks must call this."""
-    said = []
-    for turn in ("before", "after"):
-        if turn == "after":
-            engine.sleep()
-            engine.sync(full_weights(model, dtype))
-        found = dict(engine.generate(prompts, 1, [0] * len(prompts), max_tokens=16))
-        # the first token alone: after it rounding may lead to another one
-        said.append([float(found[i].logprobs[0]) for i in range(len(prompts))])
-    for old, new in zip(*said, strict=True):
+    def first_logprobs():  # of the first token alone: after it rounding may lead to another one
+        found = dict(engine.generate(prompts, 1, [0] * len(prompts), max_tokens=1))
+        return [float(found[i].logprobs[0]) for i in range(len(prompts))]
+
+    before = first_logprobs()
+    engine.sleep()
+    engine.sync(full_weights(model, dtype))
+    for old, new in zip(before, first_logprobs(), strict=True):
         if not abs(old - new) < SAME_ANSWER:
             raise UsageError("vLLM does not say the same after it was put to sleep and given the "
                              f"weights that it had (log p {old:.3f}, then {new:.3f}): its sleep "
@@ -92,7 +104,6 @@ def check_agreement(metrics: dict, precision: torch.dtype | None) -> None:
             f" where {SAME_MODEL[precision]:g} is the limit. Causes: a model whose logits are "
             "scaled, or whose attention has a window; a weight that does not reach vLLM")
     if moved is not None and not moved <= SAME_POLICY:
-        raise UsageError(
-            f"the trainer does not repeat itself: ratio_max_deviation {moved:.2g} without an "
-            "update in between, where 1e-5 is usual. Causes: dropout, a model with a state of its "
-            "own")
+        raise UsageError(f"the trainer does not repeat itself: ratio_max_deviation {moved:.2g} "
+                         "without an update in between, where 1e-5 is usual. Causes: dropout, a "
+                         "model with a state of its own")

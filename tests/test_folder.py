@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, make_model, run
 from test_eval import TRAINED, lines, records
 
 import a3po
 import eval as evaluation
 from rollout import Problem, Prompt, Sample, load_tokenizer, show_example
+from shelf import checks
 from shelf.checkpoints import Checkpoints
 from shelf.config import Config
 from shelf.folder import RunFolder, all_see
@@ -82,10 +83,55 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, parts, capsys, room):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().out
-    assert "checkpoint of step 2 was not written" in said and "It needs 1.53 MB, free are" in said
-    assert "Older ones stay" in said and said.count("\n") == 1
+    assert "checkpoint of step 2 was not written: " in said and "File too large" in said
+    assert "; it takes over 1.53 MB, " in said and "were left: make room. Older ones stay" in said
+    assert said.count("\n") == 1 and "Traceback" not in said
     assert before == {path: path.stat().st_mtime for path in tmp_path.rglob("*")}
     assert kept.resume() == (1, {}) and kept.save(2, {}) == 2
+
+
+def test_what_is_no_lack_of_room_is_not_called_one(tmp_path, parts, capsys, monkeypatch):
+    kept = checkpoints(tmp_path, parts)
+    monkeypatch.setattr(kept.model.generation_config, "temperature", 0.5)
+    assert kept.save(1, {}) == 0
+    said = capsys.readouterr().out
+    assert "GenerationConfig is invalid" in said and "`temperature`" in said and "room" not in said
+
+
+@pytest.mark.parametrize("generation, kept", [
+    (dict(temperature=0.9, top_p=0.6), dict(temperature=0.9, top_p=0.6, do_sample=True)),  # Vicuna
+    (dict(temperature=0.7, do_sample=True), dict(temperature=0.7, do_sample=True)),
+    (dict(eos_token_id=[1, 2], pad_token_id=-1), dict(eos_token_id=[1, 2])),  # LLaMA
+    (dict(early_stopping=True, length_penalty=2.0), {}),
+    (None, dict(temperature=0.7, do_sample=True)),  # in config.json
+])
+def test_a_checkpoint_of_any_generation_config_can_be_written(tmp_path, generation, kept):
+    model = Path(make_model(tmp_path / "model"))
+    (model / "generation_config.json").unlink()
+    if generation is None:
+        about = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(about | dict(temperature=0.7)))
+    else:
+        (model / "generation_config.json").write_text(json.dumps(generation))
+    a3po.main(["--setting=demo", f"--model={model}", "--check"])
+    a3po.load_model(str(model), "grids").save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again/generation_config.json").read_text())
+    assert again.items() >= kept.items() and again.get("pad_token_id") != -1
+    assert again.keys() & {*(generation or {})} == kept.keys() & {*(generation or {})}
+
+
+def test_what_cannot_be_saved_is_refused_before_it_is_trained(tmp_path, tiny_model):
+    tokenizer, config = load_tokenizer(tiny_model, 8, 8)
+    checks.check_saving("m", config, tokenizer)
+    with pytest.raises(UsageError, match="model 'm' cannot be built and saved again .KeyErr"):
+        config.hidden_act = "no"
+        checks.check_saving("m", config, tokenizer)
+
+
+def test_a_checkpoint_in_16_bits_says_so(tmp_path, parts):
+    kept = Checkpoints(tmp_path, *parts, torch.bfloat16, 0)
+    kept.save(1, {})
+    assert json.loads((tmp_path / "step_1/config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_the_newest_are_kept_with_ordinary_modes(tmp_path, parts):
