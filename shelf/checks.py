@@ -6,7 +6,6 @@ import tempfile
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from model import full_weights, make_valid
 from rollout import Engine, Prompt
@@ -49,12 +48,14 @@ def check_model(name: str, config) -> None:
 
 def check_saving(name: str, config, tokenizer) -> None:
     """Write a checkpoint without weights into a temporary folder; UsageError if that fails."""
+    from transformers import AutoModelForCausalLM
+
     with (explain(f"model {name!r} cannot be built and saved again", "mend its files"),
           torch.device("meta"), tempfile.TemporaryDirectory() as folder):
         model = AutoModelForCausalLM.from_config(config)
         make_valid(model.generation_config)
-        model.save_pretrained(folder, state_dict={})
-        tokenizer.save_pretrained(folder)
+        for part in (model.config, model.generation_config, tokenizer):
+            part.save_pretrained(folder)
 
 
 def check_memory(parameters: int, reference: bool, gpu_memory: float, card: int) -> str:
