@@ -62,7 +62,7 @@ try:
     from shelf.checks import check_agreement, check_memory, check_model, check_saving, check_sleep
     from shelf.config import Config, check_config, parse_args
     from shelf.data import read_prompts
-    from shelf.folder import RunFolder
+    from shelf.folder import RunFolder, claim
     from shelf.metrics import rollout_metrics, token_metrics
     from shelf.ranks import UsageError, accumulate, rank, reduce_over_ranks, say, timed, world_size
     from verify import Graders
@@ -497,7 +497,8 @@ def no_signal(groups: list[list[Sample]], reward: str) -> str:
     grades = [sample.grade for sample in chain(*groups)]
     first = next((f", first: {grade.detail}" for grade in grades if grade.detail), "")
     if all(map(reward_failed, grades)):
-        raise UsageError(f"--reward {reward} failed for all {len(grades)} responses{first}")
+        raise UsageError(f"--reward {reward} failed for all {len(grades)} responses{first}; try "
+                         "it by itself: it has to return a number for each")
     statuses = Counter(grade.status for grade in grades if grade.status != "ok")
     why = "".join(f", {n} {status}" for status, n in statuses.most_common())
     right = sum(bool(grade.correct) for grade in grades)
@@ -542,15 +543,16 @@ def set_advantages(groups: list[list[Sample]], config: Config) -> None:
 
 def load_inputs(config: Config):
     """Return tokenizer, prompt sampler, held-out prompts and the judge that --reward names, or
-    None; bad input is refused here. Rank 0 alone reads the data."""
+    ""; bad input is refused here. Rank 0 alone reads the data."""
     tokenizer, model_config = rollout.load_tokenizer(
         config.model, config.max_prompt_length, config.max_response_length)
     check_model(config.model, model_config)
     check_saving(config.model, model_config, tokenizer)
-    judge = None
-    if config.reward:
-        judge = rollout.judge_by_function(config.reward, config.grade_timeout)
+    judge = config.reward and rollout.judge_by_function(config.reward, config.grade_timeout)
     prompts, held_out = ranks.on_rank_0(lambda: read_prompts(config, tokenizer))
+    if judge and reward_failed(grade := judge(prompts[0].problem, "").result()):
+        raise UsageError(f"--reward {config.reward} failed for an empty response: {grade.detail}; "
+                         "return a number, (number, correct) or (number, correct, {part: number})")
     return tokenizer, rollout.PromptSampler(prompts, config.seed), held_out, judge
 
 
@@ -629,8 +631,8 @@ def start_engine(config: Config, tokenizer, model, precision: torch.dtype | None
 def train(config: Config, run: RunFolder) -> None:
     """Sample, score, update and sync, config.steps times."""
     device = ranks.init_distributed()  # before anything can fail on one rank alone
-    run.agree()
     tokenizer, sampler, held_out, judge = load_inputs(config)
+    run.path = claim("--output_dir", run.path)  # rank 0's, whose name may hold another second
     kernel = "grids" if device == "cpu" else "varlen"
     precision = precision_of(config.precision, device)
     policy, model, reference, optimizer = build(config, device, kernel, precision)

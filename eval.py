@@ -38,7 +38,7 @@ import rollout
 import verify
 from rollout import Problem, Prompt, Sample
 from shelf.data import name_apart, read_rows, to_problem
-from shelf.folder import append_records, environment, folder_path, keep_records, replace_file
+from shelf.folder import append_records, claim, environment, folder_path, keep_records, replace_file
 from shelf.metrics import glossary
 from shelf.ranks import UsageError, gather, init_distributed, leave, rank, say, world_size
 from shelf.report import KEPT, compare, plot_runs, results_table
@@ -399,6 +399,8 @@ def run(args: argparse.Namespace) -> None:
         about["sandbox"] = verify.protections(args.unsafe_code)
         say(about["sandbox"])
     texts = {k: rollout.format_prompt("{problem}", tokenizer, args.template, k) for k in kinds}
+    if args.out:
+        claim("--out", out.path)
     out.write(settings=vars(args), environment=about, prompts=texts)
     finished = out.finished(prompts, counts, args.seed)
     total, old = sum(map(len, prompts.values())), sum(map(len, finished.values()))

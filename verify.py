@@ -47,11 +47,12 @@ class Grade:
     """A verdict. status: ok (the verdict is sure), no_answer, timeout, error (of the grader) or
     bad_reference; all but ok are incorrect. detail says why a program failed."""
 
-    correct: bool
+    correct: bool | None  # None: a reward function did not say
     extracted: str | None
     status: str = "ok"
     detail: str = ""
     reward: float | None = None  # set by a reward function; None: 1 or 0 by correctness
+    parts: dict[str, float] | None = None  # what the reward is made of
 
 
 class _NeedsSympy(Exception):
@@ -502,7 +503,7 @@ def main() -> None:
         for (identity, *_), future in zip(rows, futures, strict=True):
             verdict = asdict(future.result())
             correct += verdict["correct"]
-            del verdict["reward"]  # for reward functions only
+            del verdict["reward"], verdict["parts"]  # for reward functions only
             print(json.dumps({"id": identity} | verdict), flush=True)
         counts = ", ".join(f"{n} {status}" for status, n in graders.counts.most_common())
     seconds = time.monotonic() - started

@@ -63,8 +63,9 @@ printf '%s\n%s\n%s' '{problem}' \
 #    amplifies and what counts as accuracy; without it the sign of the advantage does.
 #    It is called on every response by the rank that sampled it, in 16 threads of the training
 #    process. If it raises, gives no finite number or takes over --grade_timeout, that is counted
-#    (reward_errors), shown once, and the response gets the lowest reward of its group. Do not run a
-#    program there that the model wrote (shelf/sandbox.py can).
+#    (reward_errors), said once, kept in rollouts.jsonl ("detail"), and the response gets the lowest
+#    reward of its group. At start it is called once with an empty response and has to give a reward.
+#    Do not run a program there that the model wrote (shelf/sandbox.py can).
 #    Here: 1 for the right answer and 0.1 for any answer in a box, so that the form is learnt first.
 cat >"$WORK/my_reward.py" <<'EOF'
 from verify import extract_answer

@@ -25,7 +25,7 @@ def brief(error: BaseException) -> str:  # cut at a word
 
 
 @contextlib.contextmanager
-def explain(what: str, cure: str, kinds: type = Exception):
+def explain(what: str, cure: str, kinds: Any = (Exception, SystemExit)):
     """Turn what a library raises in the block into a UsageError: what went wrong (why): a cure."""
     try:
         yield

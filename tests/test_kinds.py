@@ -217,6 +217,21 @@ def test_accuracy_and_reward_by_kind_where_there_are_several():
     for one in sum(groups, []):
         one.grade = Grade(None, None, reward=one.reward)  # of a reward function without a verdict
     assert described(groups)["accuracy_math"] is None
+    groups[0][0].grade = Grade(True, None, reward=1.0)
+    some = described(groups)
+    assert (some["accuracy_math"], some["accuracy_code"], some["accuracy"]) == (0.5, None, 0.25)
+
+
+def test_what_nobody_judged_is_null():
+    """A failure of the reward function is no verdict."""
+    group = [sample("math", True), sample("math", False)]
+    group[0].grade = Grade(None, None, reward=1.0)
+    group[1].grade = Grade(None, None, "error", "ValueError: no", float("nan"))
+    found = described([group])
+    for name in ("accuracy", "dead_all_correct", "response_length_positive",
+                 "response_length_negative"):
+        assert found[name] is None, name
+    assert found["reward_errors"] == 1 and found["response_length"] == 2
 
 
 class Echo:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -239,10 +240,23 @@ def test_a_reward_function_with_partial_credit(tmp_path):
     assert all(line["entropy_positive"] > 0 and line["entropy_negative"] > 0 for line in steps)
 
 
+TASTES = """
+def none(response, problem): pass
+def one(response): return 1
+def ends(response, problem): raise SystemExit(3)
+"""
+
+
 @pytest.mark.parametrize(
     "flags, says",
     [
         (["--reward=nowhere:f"], "expected module:function"),
+        (["--reward=taste:none"], "--reward taste:none failed for an empty response: TypeError: "
+         "must be real number, not NoneType; return a number, (number, correct) or (number, corr"),
+        (["--reward=taste:one"], "TypeError: one() takes 1 positional argument but 2 were given"),
+        (["--reward=taste:ends"], "failed for an empty response: SystemExit: 3; return"),
+        (["--reward=broken:f"], "does not load (SyntaxError: invalid syntax (broken.py, line 1))"),
+        (["--reward=ends:f"], "'ends:f' does not load (SystemExit: 1): expected module:function"),
         (["--model=/no/such/model"], "neither a save_pretrained folder nor a hub model"),
         (["--data=/no/such/file.jsonl"], "expected an existing .jsonl or .parquet file"),
         (["--group_size=1"], "--group_size 1: give a value in [2, inf)"),
@@ -267,6 +281,10 @@ def test_a_reward_function_with_partial_credit(tmp_path):
 )
 def test_bad_input_is_one_sentence(flags, says, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(a3po, "build", lambda *_: pytest.fail("work started"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    (tmp_path / "taste.py").write_text(TASTES)
+    (tmp_path / "broken.py").write_text("def")
+    (tmp_path / "ends.py").write_text("raise SystemExit(1)")
     with pytest.raises(SystemExit) as stop:
         a3po.main(["--setting=demo", f"--output_dir={tmp_path / 'out'}", *flags])
     error = capsys.readouterr().err
@@ -324,7 +342,7 @@ def test_an_error_in_the_middle_says_where_the_run_stands(tmp_path, capsys, monk
     with pytest.raises(SystemExit):
         a3po.main(["--setting=demo", f"--output_dir={tmp_path / 'run'}"])
     said = capsys.readouterr().err
-    assert "error: vLLM failed\ninterrupted at step 7; checkpoint at step 5; go on with " in said
+    assert "error: vLLM failed\nstopped at step 7; checkpoint at step 5; go on with " in said
 
 
 @pytest.mark.parametrize("broken", [False, True])
