@@ -65,6 +65,7 @@ try:
     from shelf.folder import RunFolder, claim
     from shelf.metrics import rollout_metrics, token_metrics
     from shelf.ranks import UsageError, accumulate, rank, reduce_over_ranks, say, timed, world_size
+    from shelf.show import with_config
     from verify import Graders
 except ModuleNotFoundError as missing:  # the loss needs torch alone, on any system
     if __name__ == "__main__":
@@ -497,8 +498,7 @@ def no_signal(groups: list[list[Sample]], reward: str) -> str:
     grades = [sample.grade for sample in chain(*groups)]
     first = next((f", first: {grade.detail}" for grade in grades if grade.detail), "")
     if all(map(reward_failed, grades)):
-        raise UsageError(f"--reward {reward} failed for all {len(grades)} responses{first}; try "
-                         "it by itself: it has to return a number for each")
+        raise UsageError(f"--reward {reward} failed for all {len(grades)} responses{first}")
     statuses = Counter(grade.status for grade in grades if grade.status != "ok")
     why = "".join(f", {n} {status}" for status, n in statuses.most_common())
     right = sum(bool(grade.correct) for grade in grades)
@@ -507,8 +507,7 @@ def no_signal(groups: list[list[Sample]], reward: str) -> str:
 
 
 def check_grades(groups: list[list[Sample]]) -> None:
-    """Raise UsageError if graders failed for a tenth of the responses: all of these are wrong to
-    the trainer, and it would learn from that."""
+    """Raise UsageError if graders failed for a tenth of the responses: it would be learned from."""
     grades = [sample.grade for sample in chain(*groups)]
     failed = [g for g in grades if g.status == "error" and g.reward is None]
     if 10 * len(failed) > len(grades):
@@ -709,8 +708,9 @@ def main(argv: list[str] | None = None) -> None:
         path = os.pathsep.join(filter(None, paths))  # an empty entry would be the working directory
         sys.exit(subprocess.call(plan, env=os.environ | dict(PYTHONPATH=path)))
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours are enough
-    config, run = parse_args(argv), None
+    run = None
     try:
+        config = parse_args(with_config(argv))
         say(f"{config.preset} in the {config.setting} setting: {config.model} on {config.data}, "
             f"{config.steps} steps of {config.prompts_per_step} x {config.group_size} responses of "
             f"at most {config.max_response_length} tokens, lr {config.lr}, {world_size()} rank(s)")

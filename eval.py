@@ -24,11 +24,12 @@ test.jsonl ... test6.jsonl.
 
 import argparse
 import dataclasses
+import difflib
 import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -40,7 +41,7 @@ from rollout import Problem, Prompt, Sample
 from shelf.data import name_apart, read_rows, to_problem
 from shelf.folder import append_records, claim, environment, folder_path, keep_records, replace_file
 from shelf.metrics import glossary
-from shelf.ranks import UsageError, gather, init_distributed, leave, rank, say, world_size
+from shelf.ranks import UsageError, explain, gather, init_distributed, leave, rank, say, world_size
 from shelf.report import KEPT, compare, plot_runs, results_table
 from verify import Graders
 
@@ -90,11 +91,9 @@ def find_sources(name: str, bench: Benchmark, args: argparse.Namespace) -> list[
         return [bench.source]
     from huggingface_hub import hf_hub_download
 
-    try:
+    with explain(f"{bench.source} did not load from the hub",
+                 f"give --data-dir FOLDER with {', '.join(parts)}"):
         return [hf_hub_download(bench.source, part, repo_type="dataset") for part in parts]
-    except Exception as error:  # of many kinds, all with the same meaning here
-        raise UsageError(f"{bench.source} did not load from the hub ({type(error).__name__}); give "
-                         f"--data-dir FOLDER with {', '.join(parts)}") from None
 
 
 def gpqa_row(row: dict) -> dict:
@@ -308,7 +307,7 @@ class OutputFolder:
 
 FLAGS = (  # names, default, help
     ("--benchmarks", "", f"some of {','.join(BENCHMARKS)} (demo, unless --data is given)"),
-    ("--data", "", "a .jsonl or .parquet file of your own"),
+    ("--data", "", "files of your own, .jsonl, .parquet or .csv, with commas"),
     ("--kind", "", "of all rows of --data: math, choice or code (else each row's own, or math)"),
     ("--data-dir --data_dir", "", "folder with copies of the benchmarks, in place of the hub"),
     ("--n --samples", 0, "samples per problem, 0 = the benchmark's own; --samples under torchrun"),
@@ -327,16 +326,32 @@ FLAGS = (  # names, default, help
 )
 
 
+COMMANDS = ("compare", "plot", "show", "glossary")
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("eval.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
     parser.add_argument("--model", required=True, help="hub name or save_pretrained folder")
     for names, default, text in FLAGS:
         flag = dict(action=argparse.BooleanOptionalAction) if default is False else dict(
             type=type(default))
         parser.add_argument(*names.split(), default=default, **flag,
                             help=f"{text} (default: %(default)s)")
-    return parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        no_such("flag", unknown[0].partition("=")[0], [x for f in FLAGS for x in f[0].split()])
+    return args
+
+
+def refuse(why: str):
+    raise UsageError(f"{why}; --help has all")
+
+
+def no_such(kind: str, name: str, known: Sequence[str]):
+    near = difflib.get_close_matches(name, known, 1)
+    refuse(f"{name}: no such {kind}" + "".join(f", did you mean {one}?" for one in near))
 
 
 def fingerprint(model: str) -> str:
@@ -356,8 +371,7 @@ def fingerprint(model: str) -> str:
 def check_args(args: argparse.Namespace) -> dict[str, Benchmark]:
     """Return the benchmarks asked for; UsageError for what cannot work."""
     names = [name for name in args.benchmarks.split(",") if name] or ["demo"] * (not args.data)
-    unknown = ",".join(name for name in names if name not in BENCHMARKS)
-    if unknown:
+    if unknown := ",".join(name for name in names if name not in BENCHMARKS):
         raise UsageError(f"--benchmarks {unknown}: unknown; choose of {', '.join(BENCHMARKS)}")
     if args.kind not in ("", *verify.KINDS):
         raise UsageError(f"--kind {args.kind}: give one of {', '.join(verify.KINDS)}")
@@ -374,7 +388,8 @@ def check_args(args: argparse.Namespace) -> dict[str, Benchmark]:
                          f"{world_size()} rank(s)")
     benches = {name: BENCHMARKS[name] for name in names}
     if args.data:
-        benches[Path(args.data).stem] = Benchmark(args.data, kind=args.kind)
+        for source in filter(None, map(str.strip, args.data.split(","))):
+            benches[Path(source).stem] = Benchmark(source, kind=args.kind)
     return benches
 
 
@@ -436,8 +451,10 @@ def main(argv: list[str] | None = None) -> None:
             from shelf.show import main as show
 
             return show(argv[1:])
-        if command not in ("compare", "plot", "glossary"):
+        if command[:1] in ("", "-"):
             return run(parse_args(argv))
+        if command not in COMMANDS:
+            no_such("command", command, COMMANDS)
         parser = argparse.ArgumentParser(f"eval.py {command}")
         if command == "glossary":
             parser.add_argument("names", nargs="*", help="metrics, all if none is named")

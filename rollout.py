@@ -396,8 +396,8 @@ def to_grade(result: Any) -> Grade:
         numbers[name] = float(value)
     if correct not in (None, False, True) or not numbers.keys().isdisjoint(("errors", *KINDS)):
         raise ValueError(f"correct is {correct!r}, not True or False, or a part is named as a kind")
-    return Grade(correct if correct is None else bool(correct), None, reward=numbers.pop("reward"),
-                 parts=numbers or None)
+    correct = None if correct is None else bool(correct)
+    return Grade(correct, None, reward=numbers.pop("reward"), parts=numbers)
 
 
 def sample(

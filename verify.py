@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache, partial
 from typing import Any
@@ -52,7 +52,7 @@ class Grade:
     status: str = "ok"
     detail: str = ""
     reward: float | None = None  # set by a reward function; None: 1 or 0 by correctness
-    parts: dict[str, float] | None = None  # what the reward is made of
+    parts: dict[str, float] = field(default_factory=dict)  # what the reward is made of
 
 
 class _NeedsSympy(Exception):
@@ -469,14 +469,14 @@ def _read_row(where: str, row: dict) -> tuple:
     """Return (id, kind, response, reference, options) of a row; raises UsageError at a field that
     is missing or of the wrong kind."""
     reference = "question" if row.get("kind") == "code" else "answer"
-    for field in ("id", "kind", "response", reference, *_OPTIONS):
-        is_right, expected = _FIELDS[field]
-        if field not in row and field not in _OPTIONS:
-            raise UsageError(f"{where}: field {field!r}: missing")
-        if field in row and not is_right(row[field]):
-            got = repr(row[field])[:50]
-            raise UsageError(f"{where}: field {field!r}: expected {expected}, not {got}")
-    options = {field: row[field] for field in _OPTIONS if field in row}
+    for name in ("id", "kind", "response", reference, *_OPTIONS):
+        is_right, expected = _FIELDS[name]
+        if name not in row and name not in _OPTIONS:
+            raise UsageError(f"{where}: field {name!r}: missing")
+        if name in row and not is_right(row[name]):
+            got = repr(row[name])[:50]
+            raise UsageError(f"{where}: field {name!r}: expected {expected}, not {got}")
+    options = {name: row[name] for name in _OPTIONS if name in row}
     return row["id"], row["kind"], row["response"], row[reference], options
 
 

@@ -28,8 +28,12 @@ CHECKED_TESTS = 1 << 20  # characters, decoded in 7 ms; some of LiveCodeBench's 
 
 
 def read_rows(source: str, split: str = "train") -> Iterator[tuple[str, dict]]:
-    """Yield (where, row) from a .jsonl, .parquet or .csv file, or from a data set on the hub."""
+    """Yield (where, row) from .jsonl, .parquet or .csv files or hub data sets, with commas."""
     path = Path(source)
+    if "," in source and not path.exists():
+        for part in filter(None, map(str.strip, source.split(","))):
+            yield from read_rows(part, split)
+        return
     if path.suffix == ".jsonl" and path.is_file():
         yield from verify.read_jsonl(path)
         return

@@ -31,6 +31,9 @@ def rollout_metrics(
         of = kinds == kind
         more[f"reward_{kind}"] = rewards[of].mean().item()
         more[f"accuracy_{kind}"] = correct[of].mean() if judged[of].any() else None
+    parts = [s.grade.parts for s in samples]
+    for name in sorted({*chain(*parts)}):
+        more[f"reward_{name}"] = np.mean([x[name] for x in parts if name in x])
     if any(s.grade.reward is not None for s in samples):  # by a reward function
         more["reward_errors"] = sum(reward_failed(s.grade) for s in samples)
     return dict(
@@ -89,8 +92,8 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
                 "eval_accuracy does not, the problems are learned by heart",
     "accuracy_KIND": "accuracy by kind, share: of the responses to problems of this kind",
     "reward_KIND": "reward by kind, points: mean of the responses to problems of this kind",
-    "reward_errors": "reward errors, responses: --reward raised, was late or gave no number: they "
-                     "got the lowest reward of their group; should be 0",
+    "reward_PART": "part of the reward, points: mean of the responses to which --reward gave it",
+    "reward_errors": "reward errors, responses: --reward failed, so their group's lowest reward; 0",
     "response_length": "length, tokens: mean; if it nears --max_response_length, see truncated",
     "response_length_positive": "correct length, tokens: mean of correct responses",
     "response_length_negative": "incorrect length, tokens: mean of incorrect responses",
@@ -166,6 +169,7 @@ def describe(name: str) -> tuple[str, str, str]:
     """Return label, unit and meaning; `name` as in metrics.jsonl or results.json, else KeyError."""
     name = re.sub(r"maj@\d+$", "maj@n", re.sub(r"pass@\d+$", "pass@k", name))
     name = re.sub("_(math|choice|code)$", "_KIND", name)
+    name = re.sub("^reward_(?!(KIND|errors)$).*", "reward_PART", name)
     heading, _, meaning = METRICS[name if name in METRICS else f"eval_{name}"].partition(": ")
     label, _, unit = heading.partition(", ")
     return label, unit, meaning

@@ -142,7 +142,7 @@ def in_process(ranks: int, argv: list[str]) -> dict:
     """Return what `measure` finds with these flags. Raises UsageError."""
     with (patch.dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
           ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool):
-        return pool.submit(measure, ranks, a3po.parse_args(argv)).result()
+        return pool.submit(measure, ranks, a3po.parse_args(a3po.with_config(argv))).result()
 
 
 def problem(x: dict, gpu: int) -> str:

@@ -278,7 +278,7 @@ def test_a_run_folder_and_its_console(tmp_path, capsys, monkeypatch):
     first, *_ = rollouts = lines(folder.path / "rollouts.jsonl")
     assert len(rollouts) == 60 and first == dict(
         step=0, id="p0", problem="What is 0+1?", response="\\boxed{0}", kind="math", answer="1",
-        extracted="1", correct=True, status="ok", detail="", reward=0.5, parts=None, length=3,
+        extracted="1", correct=True, status="ok", detail="", reward=0.5, parts={}, length=3,
         finish_reason="stop")
     summary = (folder.path / "summary.md").read_text()
     assert "before (step 0)" in summary and "after (step 60)" in summary and summary in out

@@ -222,6 +222,18 @@ def test_accuracy_and_reward_by_kind_where_there_are_several():
     assert (some["accuracy_math"], some["accuracy_code"], some["accuracy"]) == (0.5, None, 0.25)
 
 
+def test_parts_of_a_reward_are_metrics():
+    groups = [[sample("math", True), sample("math", False)], [sample("math", True)] * 2]
+    for one, parts in zip(groups[0], (dict(form=1.0, right=0.5), dict(form=0.5)), strict=True):
+        one.grade = Grade(True, None, reward=1.0, parts=parts)
+    found = described(groups)  # of those that have it
+    assert (found["reward_form"], found["reward_right"]) == (0.75, 0.5)
+    for name in ("reward_form", "reward_KIND_of"):
+        assert describe(name)[0] == "part of the reward"
+    assert describe("reward_errors")[0] == "reward errors"
+    assert describe("reward_math")[0] == "reward by kind"
+
+
 def test_what_nobody_judged_is_null():
     """A failure of the reward function is no verdict."""
     group = [sample("math", True), sample("math", False)]

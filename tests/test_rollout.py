@@ -244,9 +244,9 @@ def test_reward_functions_are_judges(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("result, correct, parts", [
-    (0.5, None, None), (True, None, None), (np.float32(2), None, None), ((1,), None, None),
-    ((1.0, 1.0), True, None), ((1.0, 0), False, None), ((1, np.bool_(True)), True, None),
-    ((1, torch.tensor(False)), False, None), ((1, None), None, None), ((1, True, None), True, None),
+    (0.5, None, {}), (True, None, {}), (np.float32(2), None, {}), ((1,), None, {}),
+    ((1.0, 1.0), True, {}), ((1.0, 0), False, {}), ((1, np.bool_(True)), True, {}),
+    ((1, torch.tensor(False)), False, {}), ((1, None), None, {}), ((1, True, None), True, {}),
     ((1, True, dict(form=0.25, right=True)), True, dict(form=0.25, right=1.0)),
     ((torch.tensor(0.5), None, dict(reward_=1)), None, dict(reward_=1.0)),
 ])
