@@ -24,12 +24,11 @@ test.jsonl ... test6.jsonl.
 
 import argparse
 import dataclasses
-import difflib
 import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -38,6 +37,7 @@ import numpy as np
 import rollout
 import verify
 from rollout import Problem, Prompt, Sample
+from shelf.config import suggestion
 from shelf.data import name_apart, read_rows, to_problem
 from shelf.folder import append_records, claim, environment, folder_path, keep_records, replace_file
 from shelf.metrics import glossary
@@ -341,17 +341,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                             help=f"{text} (default: %(default)s)")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        no_such("flag", unknown[0].partition("=")[0], [x for f in FLAGS for x in f[0].split()])
+        helps = {name[2:]: text for names, _, text in FLAGS for name in names.split()}
+        refuse(f"{unknown[0]}: no such flag{suggestion(unknown[0], helps)}")
     return args
 
 
 def refuse(why: str):
-    raise UsageError(f"{why}; --help has all")
-
-
-def no_such(kind: str, name: str, known: Sequence[str]):
-    near = difflib.get_close_matches(name, known, 1)
-    refuse(f"{name}: no such {kind}" + "".join(f", did you mean {one}?" for one in near))
+    raise UsageError(why)
 
 
 def fingerprint(model: str) -> str:
@@ -454,7 +450,7 @@ def main(argv: list[str] | None = None) -> None:
         if command[:1] in ("", "-"):
             return run(parse_args(argv))
         if command not in COMMANDS:
-            no_such("command", command, COMMANDS)
+            refuse(f"{command}: no such command{suggestion(command, dict.fromkeys(COMMANDS, ''))}")
         parser = argparse.ArgumentParser(f"eval.py {command}")
         if command == "glossary":
             parser.add_argument("names", nargs="*", help="metrics, all if none is named")

@@ -58,7 +58,8 @@ printf '%s\n%s\n%s' '{problem}' \
     >"$WORK/template.txt"
 
 # -----------------------------------------------------------------------------
-# 4. The reward: function(response, problem) -> a number, or (number, correct). problem.text and
+# 4. The reward: function(response, problem) -> a number, (number, correct) or (number, correct,
+#    {"form": 0.1}), of which each part becomes a metric, reward_form. problem.text and
 #    problem.reference are the row's problem and answer. `correct` decides which tokens A3PO
 #    amplifies and what counts as accuracy; without it the sign of the advantage does.
 #    It is called on every response by the rank that sampled it, in 16 threads of the training

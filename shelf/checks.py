@@ -7,7 +7,7 @@ import tempfile
 import torch
 from torch import nn
 
-from model import full_weights, make_valid
+from model import GPU, full_weights, make_valid
 from rollout import Engine, Prompt
 from shelf.ranks import UsageError, explain, say
 
@@ -18,10 +18,10 @@ FAMILIES = dict(
     starcoder2="StarCoder2 without window", gpt_neox="GPT-NeoX", gpt2="GPT-2",
 )  # fmt: skip
 CONTEXT = 5 << 30  # bytes, calculated: CUDA's context, NCCL's buffers, what a sleeping vLLM keeps
+CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # vLLM's
 SAME_ANSWER = 0.05  # nats; 16 bits and another batch move a log-prob by less
 SAME_POLICY = 1e-3  # |ratio - 1| without an update in between; usual is 0
-# Of |log p in vLLM - log p in the trainer|, a step's mean, in nats, by the 16 bits computed in
-# (None: float32); usual are 1e-2 and 1e-6
+# Of a step's mean |log p in vLLM - log p in the trainer|, nats, by the 16 bits; None: float32
 SAME_MODEL = {None: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
 
 
@@ -31,12 +31,14 @@ def check_model(name: str, config) -> None:
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) or config.max_position_embeddings
     scales = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     experts = ("num_experts", "num_local_experts", "n_routed_experts")
     for wrong, what in (
         (layers != {"full_attention"}, "layers without full attention"),
         (window < config.max_position_embeddings, "attention with a window"),
         (any(getattr(config, key, None) not in (None, 1.0) for key in scales), "rescaled logits"),
         (any(getattr(config, key, None) for key in experts), "a mixture of experts"),
+        (not GPU and head not in CPU_HEADS, f"heads of {head} numbers, unknown to vLLM on a CPU"),
     ):
         if wrong:
             raise UsageError(f"model {name!r} ({config.model_type}) has {what}, which cannot be "
@@ -77,9 +79,8 @@ def check_memory(parameters: int, reference: bool, gpu_memory: float, card: int)
 
 def check_sleep(engine: Engine, model: nn.Module, dtype: torch.dtype | None,
                 prompts: list[Prompt]) -> None:
-    """Raise UsageError unless vLLM, asleep and given the trainer's weights, which are still its
-    own, says what it said before: asleep it forgets them, so one that does not arrive, or in
-    another form, is seen. All ranks must call this."""
+    """Raise UsageError unless vLLM says the same after a sleep, in which it forgets its weights,
+    and a sync: one that does not arrive, or in another form, is seen. All ranks must call this."""
     def first_logprobs():  # of the first token alone: after it rounding may lead to another one
         found = dict(engine.generate(prompts, 1, [0] * len(prompts), max_tokens=1))
         return [float(found[i].logprobs[0]) for i in range(len(prompts))]
@@ -95,9 +96,8 @@ def check_sleep(engine: Engine, model: nn.Module, dtype: torch.dtype | None,
 
 
 def check_agreement(metrics: dict, precision: torch.dtype | None) -> None:
-    """End a run in which vLLM and the trainer are not the same model, whatever the reason, or in
-    which the policy does not repeat itself. metrics: of a step, the same on all ranks; precision:
-    see precision_of."""
+    """End a run in which vLLM and the trainer are not the same model, or the policy does not repeat
+    itself. metrics: of a step, the same on all ranks; precision: see precision_of."""
     mismatch, moved = metrics["mismatch_mean"], metrics["ratio_max_deviation"]
     if mismatch is not None and not mismatch <= SAME_MODEL[precision]:
         raise UsageError(

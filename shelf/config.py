@@ -214,18 +214,18 @@ def parse_args(argv: list[str] | None = None) -> Config:
             f"--{f.name}", help=text.replace("%", "%%"), **kind)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UsageError(f"{unknown[0]}: no such flag{suggestion(unknown[0])}; --help has all")
+        helps = {f.name: f.metadata["help"] for f in dataclasses.fields(Config)}
+        raise UsageError(f"{unknown[0]}: no such flag{suggestion(unknown[0], helps)}")
     return dataclasses.replace(base, **vars(given) | dict(setting=base.setting))
 
 
-def suggestion(flag: str) -> str:
-    """Return a question that names the flag whose name or, by its words, help is nearest, or ""."""
-    name = flag.lstrip("-").partition("=")[0].replace("-", "_")
-    helps = {f.name: f.metadata["help"].lower() for f in dataclasses.fields(Config)}
-    by_words = [known for known in helps if {*name.split("_")} <= {*helps[known].split()}]
-    near = sorted(by_words, key=lambda known: len(helps[known]))
-    near += difflib.get_close_matches(name, helps, 1)
-    return f", did you mean --{near[0]}?" if near else ""
+def suggestion(word: str, helps: dict[str, str]) -> str:
+    """Say which of the known words an unknown one may mean, by its parts in a help or by itself."""
+    word, dashes = word.partition("=")[0].lstrip("-"), "--" * word.startswith("-")
+    parts, known = {*word.split("_")}, sorted(helps, key=lambda name: len(helps[name]))
+    near = [name for name in known if parts <= {*helps[name].split()}]
+    near += difflib.get_close_matches(word, known, 1)
+    return f", did you mean {dashes}{near[0]}?" if near else "; --help has all"
 
 
 def check_config(config: Config) -> None:

@@ -549,7 +549,7 @@ def names_of(folder):
 @pytest.mark.parametrize("command, says", [
     ("shwo runs/X", "shwo: no such command, did you mean show?"),
     ("compre a", "did you mean compare?"),
-    ("runs/X", "runs/X: no such command; --help has all"), ("--n 3", "are required: --model"),
+    ("runs/X", "runs/X: no such command; --help"), ("--n 3", "are required: --model"),
     ("--model m --sampels 3", "--sampels: no such flag, did you mean --samples?"),
     ("--model m --temperature=hot", "--temperature: invalid float value: 'hot'"),
 ])

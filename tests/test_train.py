@@ -502,7 +502,7 @@ def test_every_number_has_a_range_that_holds_the_presets():
 
 def test_unknown_flags_and_indivisible_batches_are_refused(tmp_path, capsys, monkeypatch):
     for flags, says in (
-        (["--learning_rate=1"], "--learning_rate=1: no such flag, did you mean --lr?; --help has"),
+        (["--learning_rate=1"], "--learning_rate=1: no such flag, did you mean --lr?"),
         (["--temprature", "1"], "--temprature: no such flag, did you mean --temperature?"),
         (["--max-prompt-length=9"], "no such flag, did you mean --max_prompt_length?"),
         (["--zzz"], "--zzz: no such flag; --help has"), (["--lr=x"], "--lr: invalid float value"),
