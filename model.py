@@ -316,9 +316,8 @@ def load_model(path: str, kernel: str, checkpointing: bool = False) -> nn.Module
 
 
 def make_valid(generation) -> None:
-    """Make a GenerationConfig one that transformers agrees to write. Vicuna's, for example, has a
-    temperature without do_sample. Where more is wrong the ids of BOS and EOS alone stay: the rest
-    is not used here."""
+    """Make a GenerationConfig one that transformers agrees to write: Vicuna's has a temperature
+    without do_sample. Where more is wrong BOS and EOS alone stay; nothing here uses the rest."""
     others = [name for name in vars(generation) if name not in ("bos_token_id", "eos_token_id")]
     for change in ({}, dict(do_sample=True), dict.fromkeys(others)):
         vars(generation).update(change)

@@ -34,7 +34,7 @@ from typing import Any
 
 from shelf import answers
 from shelf.answers import BadReference
-from shelf.ranks import UsageError
+from shelf.ranks import UsageError, explain
 from shelf.sandbox import Child, Sandbox, die_with_parent, set_limit
 
 WORKER_MEMORY = 8 << 30  # bytes of address space for sympy, and for decoding tests
@@ -64,11 +64,9 @@ class _NeedsSympy(Exception):
 
 def read_json(path: Any) -> dict:
     """Return the object in a file of our own; raises UsageError where it was cut or damaged."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return dict(json.load(file))
-    except (OSError, ValueError, TypeError) as why:
-        raise UsageError(f"{path}: damaged or unreadable: {why}") from None
+    with (explain(f"{path}: damaged or unreadable", "restore it, or give another"),
+          open(path, encoding="utf-8") as file):
+        return dict(json.load(file))
 
 
 def read_jsonl(path: str, skip_broken: bool = False) -> Iterator[tuple[str, dict]]:
