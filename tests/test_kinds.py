@@ -167,7 +167,7 @@ def test_programs_need_a_sandbox_that_holds(tmp_path, monkeypatch, capsys):
             a3po.load_inputs(dataclasses.replace(config, **{where: data}))
         a3po.load_inputs(dataclasses.replace(config, **{where: data}, unsafe_code=True))
     # a reward function judges, which runs what it likes
-    a3po.load_inputs(dataclasses.replace(config, data=data, reward="builtins:len"))
+    a3po.load_inputs(dataclasses.replace(config, data=data, reward="operator:eq"))
     monkeypatch.setattr(evaluation, "init_distributed", lambda: "cpu")
     monkeypatch.setattr(rollout, "Engine", lambda *_, **__: pytest.fail("an engine was started"))
     with pytest.raises(SystemExit):
