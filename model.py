@@ -5,6 +5,7 @@ Shapes: B responses, T response tokens, N packed tokens (prompts and responses, 
 once), M tokens of whole sequences, R response tokens, H hidden size, V vocabulary.
 """
 
+import contextlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from rollout import Sample
-from shelf.ranks import UsageError, world_size
+from shelf.ranks import UsageError, explain, world_size
 
 GPU = torch.cuda.is_available()  # where matrix products of 16 bits can have 32-bit results
 
@@ -287,13 +288,19 @@ class Policy(nn.Module):
 def load_model(path: str, kernel: str, checkpointing: bool = False) -> nn.Module:
     """Return the model on the CPU, in the dtype of its files. Dropout is off, so that the ratio of
     an unchanged policy is 1. kernel: see attention_layout. Raises UsageError for what Policy would
-    compute wrongly."""
+    compute wrongly, and for files that lack something."""
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     # For a name that has no mask function transformers makes no mask, and reads no positions back
     AttentionInterface.register("varlen", varlen_attention)
     AttentionInterface.register("grids", grid_attention)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation=kernel)
+    with explain(f"model {path!r}: its weights do not load", "get its files again"):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", attn_implementation=kernel, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
+        raise UsageError(f"model {path!r}: {len(missing)} weights are not in its files, "
+                         f"{', '.join(missing[:3])} for example: get them again")
+    make_valid(model.generation_config)
     # Where vLLM has no model of its own for a family it decorates this one's class, after this
     model.get_decoder().do_not_compile = True
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
@@ -306,6 +313,16 @@ def load_model(path: str, kernel: str, checkpointing: bool = False) -> nn.Module
     if checkpointing:
         model.gradient_checkpointing_enable()
     return model.train()
+
+
+def make_valid(generation) -> None:
+    """Make a GenerationConfig one that transformers agrees to write: Vicuna's has a temperature
+    without do_sample. Where more is wrong BOS and EOS alone stay; nothing here uses the rest."""
+    others = [name for name in vars(generation) if name not in ("bos_token_id", "eos_token_id")]
+    for change in ({}, dict(do_sample=True), dict.fromkeys(others)):
+        vars(generation).update(change)
+        with contextlib.suppress(ValueError):
+            return generation.validate(strict=True)
 
 
 def distribute(policy: Policy, parallel: str, device: str, precision: torch.dtype | None = None,

@@ -566,11 +566,26 @@ def names_of(folder):
         f"eval_{name}" for metrics in results.values() for name in metrics}
 
 
+@pytest.mark.parametrize("command, says", [
+    ("shwo runs/X", "shwo: no such command, did you mean show?"),
+    ("compre a", "did you mean compare?"),
+    ("runs/X", "runs/X: no such command; --help"), ("--n 3", "are required: --model"),
+    ("--model m --sampels 3", "--sampels: no such flag, did you mean --samples?"),
+    ("--model m --temperature=hot", "--temperature: invalid float value: 'hot'"),
+])
+def test_a_wrong_command_or_flag_is_one_sentence(command, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(command.split())
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: ") and says in said
+    assert said.count("\n") == 1
+
+
 def test_the_words_are_those_of_the_metrics_there_are(whole):
     names = TRAINED | names_of(whole[0])
     for name in ("accuracy", "reward", "eval_accuracy"):
         names |= {f"{name}_{kind}" for kind in verify.KINDS}
-    names |= {"reward_errors", "memory_gib"}  # of --reward, of a GPU
+    names |= {"reward_errors", "reward_form", "memory_gib"}  # of --reward, of a GPU
     described = {name: words.describe(name) for name in names}
     assert all(all(entry) for entry in described.values())  # label, unit, meaning
     assert set(map(words.describe, words.METRICS)) == set(described.values())
