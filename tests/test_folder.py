@@ -393,7 +393,7 @@ def test_what_does_not_fit_on_the_disk_is_one_sentence(tmp_path, monkeypatch):
     folder = RunFolder(settings(tmp_path))
     folder.open(0)
     add_checkpoint(folder, 60)
-    monkeypatch.setattr("shelf.folder.plot_runs", full)
+    monkeypatch.setattr("shelf.folder.draw_runs", full)
     with pytest.raises(UsageError, match="curves.png cannot be written .*No space left.*make room"):
         folder.finish()
     monkeypatch.setattr(Path, "write_text", full)
