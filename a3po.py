@@ -55,15 +55,16 @@ try:
 
     import eval as evaluation
     import rollout
-    from model import Policy, adam, collate, deal, distribute, full_weights, load_model, pack
+    from model import Policy, collate, deal, distribute, full_weights, load_model, pack
     from rollout import Prompt, Sample, empty_sample, is_live, reward_failed
     from shelf import checks, memory, ranks, show
     from shelf.checkpoints import Checkpoints
     from shelf.config import Config, check_config, parse_args
     from shelf.data import read_prompts
-    from shelf.folder import RunFolder
+    from shelf.folder import RunFolder, claim
     from shelf.metrics import rollout_metrics, token_metrics
     from shelf.ranks import UsageError, accumulate, rank, reduce_over_ranks, say, timed, world_size
+    from shelf.show import with_config
     from verify import Graders
 except ModuleNotFoundError as missing:  # the loss needs torch alone, on any system
     if __name__ == "__main__":
@@ -508,8 +509,7 @@ def no_signal(groups: list[list[Sample]], reward: str) -> str:
 
 
 def check_grades(groups: list[list[Sample]]) -> None:
-    """Raise UsageError if graders failed for a tenth of the responses: all of these are wrong to
-    the trainer, and it would learn from that."""
+    """Raise UsageError if graders failed for a tenth of the responses: it would be learned from."""
     grades = [sample.grade for sample in chain(*groups)]
     failed = [g for g in grades if g.status == "error" and g.reward is None]
     if 10 * len(failed) > len(grades):
@@ -544,14 +544,16 @@ def set_advantages(groups: list[list[Sample]], config: Config) -> None:
 
 def load_inputs(config: Config):
     """Return tokenizer, prompt sampler, held-out prompts and the judge that --reward names, or
-    None; bad input is refused here. Rank 0 alone reads the data."""
+    ""; bad input is refused here. Rank 0 alone reads the data."""
     tokenizer, model_config = rollout.load_tokenizer(
         config.model, config.max_prompt_length, config.max_response_length, config.template)
     checks.check_model(config.model, model_config)
-    judge = None
-    if config.reward:
-        judge = rollout.judge_by_function(config.reward, config.grade_timeout)
+    checks.check_saving(config.model, model_config, tokenizer)
+    judge = config.reward and rollout.judge_by_function(config.reward, config.grade_timeout)
     prompts, held_out = ranks.on_rank_0(lambda: read_prompts(config, tokenizer))
+    if judge and reward_failed(grade := judge(prompts[0].problem, "").result()):
+        raise UsageError(f"--reward {config.reward} failed for an empty response: {grade.detail}; "
+                         "return a number, (number, correct) or (number, correct, {part: number})")
     return tokenizer, rollout.PromptSampler(prompts, config.seed), held_out, judge
 
 
@@ -573,7 +575,7 @@ def build(config: Config, device: str, kernel: str, precision: torch.dtype | Non
         # DDP refuses a model without gradients, and needs none
         reference = distribute(reference, "fsdp", device, precision, shards, config.compile,
                                config.offload) if sharded else reference.to(device).float()
-    optimizer = adam(policy, config.lr, config.adam_beta2, config.weight_decay, device)
+    optimizer = memory.adam(policy, config.lr, config.adam_beta2, config.weight_decay, device)
     return policy, model, reference, optimizer
 
 
@@ -626,8 +628,8 @@ def start_engine(config: Config, tokenizer, model, precision: torch.dtype | None
 def train(config: Config, run: RunFolder) -> None:
     """Sample, score, update and sync, config.steps times."""
     device = ranks.init_distributed()  # before anything can fail on one rank alone
-    run.agree()
     tokenizer, sampler, held_out, judge = load_inputs(config)
+    run.path = claim("--output_dir", run.path)  # rank 0's, whose name may hold another second
     kernel = "grids" if device == "cpu" else "varlen"
     precision = precision_of(config.precision, device)
     policy, model, reference, optimizer = build(config, device, kernel, precision)
@@ -673,7 +675,7 @@ def train(config: Config, run: RunFolder) -> None:
                 engine.sync(full_weights(model, precision))
             sampled = rollout_metrics(drawn, rewards_of(drawn, config), config.prompts_per_step)
             metrics = dict(step=step) | sampled | token_metrics(mini_batches) | diagnostics
-            metrics |= dict(preemptions=engine.preemptions(), lr=lr)
+            metrics |= dict(preemptions=memory.preemptions(engine), lr=lr)
             run.log_step(metrics | seconds | rho)
             run.log_rollouts(step, drawn)
             run.log_tokens(step, groups, mini_batches, tokenizer)
@@ -705,8 +707,9 @@ def main(argv: list[str] | None = None) -> None:
         path = os.pathsep.join(filter(None, paths))  # an empty entry would be the working directory
         sys.exit(subprocess.call(plan, env=os.environ | dict(PYTHONPATH=path)))
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours are enough
-    config, run = parse_args(argv), None
+    run = None
     try:
+        config = parse_args(with_config(argv))
         say(f"{config.preset} in the {config.setting} setting: {config.model} on {config.data}, "
             f"{config.steps} steps of {config.prompts_per_step} x {config.group_size} responses of "
             f"at most {config.max_response_length} tokens, lr {config.lr}, {world_size()} rank(s)")

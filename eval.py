@@ -37,10 +37,11 @@ import numpy as np
 import rollout
 import verify
 from rollout import Problem, Prompt, Sample
+from shelf.config import suggestion
 from shelf.data import load_problems, name_apart, read_rows
-from shelf.folder import append_records, environment, folder_path, keep_records, replace_file
+from shelf.folder import append_records, claim, environment, folder_path, keep_records, replace_file
 from shelf.metrics import glossary
-from shelf.ranks import UsageError, gather, init_distributed, leave, rank, say, world_size
+from shelf.ranks import UsageError, explain, gather, init_distributed, leave, rank, say, world_size
 from shelf.report import KEPT, compare, draw_runs, results_table
 from verify import Graders
 
@@ -90,11 +91,9 @@ def find_sources(name: str, bench: Benchmark, args: argparse.Namespace) -> list[
         return [bench.source]
     from huggingface_hub import hf_hub_download
 
-    try:
+    with explain(f"{bench.source} did not load from the hub",
+                 f"give --data-dir FOLDER with {', '.join(parts)}"):
         return [hf_hub_download(bench.source, part, repo_type="dataset") for part in parts]
-    except Exception as error:  # of many kinds, all with the same meaning here
-        raise UsageError(f"{bench.source} did not load from the hub ({type(error).__name__}); give "
-                         f"--data-dir FOLDER with {', '.join(parts)}") from None
 
 
 def gpqa_row(row: dict) -> dict:
@@ -305,7 +304,7 @@ class OutputFolder:
 
 FLAGS = (  # names, default, help
     ("--benchmarks", "", f"some of {','.join(BENCHMARKS)} (demo, unless --data is given)"),
-    ("--data", "", "a .jsonl or .parquet file of your own"),
+    ("--data", "", "files of your own, .jsonl, .parquet or .csv, with commas"),
     ("--kind", "", "of all rows of --data: math, choice or code (else each row's own, or math)"),
     ("--data-dir --data_dir", "", "folder with copies of the benchmarks, in place of the hub"),
     ("--n --samples", 0, "samples per problem, 0 = the benchmark's own; --samples under torchrun"),
@@ -324,16 +323,28 @@ FLAGS = (  # names, default, help
 )
 
 
+COMMANDS = ("compare", "plot", "show", "glossary")
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("eval.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
     parser.add_argument("--model", required=True, help="hub name or save_pretrained folder")
     for names, default, text in FLAGS:
         flag = dict(action=argparse.BooleanOptionalAction) if default is False else dict(
             type=type(default))
         parser.add_argument(*names.split(), default=default, **flag,
                             help=f"{text} (default: %(default)s)")
-    return parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        helps = {name[2:]: text for names, _, text in FLAGS for name in names.split()}
+        refuse(f"{unknown[0]}: no such flag{suggestion(unknown[0], helps)}")
+    return args
+
+
+def refuse(why: str):
+    raise UsageError(why)
 
 
 def fingerprint(model: str) -> str:
@@ -353,8 +364,7 @@ def fingerprint(model: str) -> str:
 def check_args(args: argparse.Namespace) -> dict[str, Benchmark]:
     """Return the benchmarks asked for; UsageError for what cannot work."""
     names = [name for name in args.benchmarks.split(",") if name] or ["demo"] * (not args.data)
-    unknown = ",".join(name for name in names if name not in BENCHMARKS)
-    if unknown:
+    if unknown := ",".join(name for name in names if name not in BENCHMARKS):
         raise UsageError(f"--benchmarks {unknown}: unknown; choose of {', '.join(BENCHMARKS)}")
     if args.kind not in ("", *verify.KINDS):
         raise UsageError(f"--kind {args.kind}: give one of {', '.join(verify.KINDS)}")
@@ -371,7 +381,8 @@ def check_args(args: argparse.Namespace) -> dict[str, Benchmark]:
                          f"{world_size()} rank(s)")
     benches = {name: BENCHMARKS[name] for name in names}
     if args.data:
-        benches[Path(args.data).stem] = Benchmark(args.data, kind=args.kind)
+        for source in filter(None, map(str.strip, args.data.split(","))):
+            benches[Path(source).stem] = Benchmark(source, kind=args.kind)
     return benches
 
 
@@ -397,6 +408,8 @@ def run(args: argparse.Namespace) -> None:
         about["sandbox"] = verify.protections(args.unsafe_code)
         say(about["sandbox"])
     texts = {k: rollout.format_prompt("{problem}", tokenizer, args.template, k) for k in kinds}
+    if args.out:
+        claim("--out", out.path)
     out.write(settings=vars(args), environment=about, prompts=texts)
     finished = out.finished(prompts, counts, args.seed)
     total, old = sum(map(len, prompts.values())), sum(map(len, finished.values()))
@@ -432,8 +445,10 @@ def main(argv: list[str] | None = None) -> None:
             from shelf.show import main as show
 
             return show(argv[1:])
-        if command not in ("compare", "plot", "glossary"):
+        if command[:1] in ("", "-"):
             return run(parse_args(argv))
+        if command not in COMMANDS:
+            refuse(f"{command}: no such command{suggestion(command, dict.fromkeys(COMMANDS, ''))}")
         parser = argparse.ArgumentParser(f"eval.py {command}")
         if command == "glossary":
             parser.add_argument("names", nargs="*", help="metrics, all if none is named")

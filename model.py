@@ -5,6 +5,7 @@ Shapes: B responses, T response tokens, N packed tokens (prompts and responses, 
 once), M tokens of whole sequences, R response tokens, H hidden size, V vocabulary.
 """
 
+import contextlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from rollout import Sample
-from shelf.ranks import UsageError, world_size
+from shelf.ranks import UsageError, explain, world_size
 
 # ---- token log-probabilities --------------------------------------------------------------------
 
@@ -290,13 +291,20 @@ class Policy(nn.Module):
 def load_model(path: str, kernel: str, recompute: int = 0) -> nn.Module:
     """Return the model on the CPU, in the dtype of its files. Dropout is off, so that the ratio of
     an unchanged policy is 1. kernel: see attention_layout; recompute: the backward pass computes
-    every N-th layer again, 0 none. Raises UsageError for what Policy would compute wrongly."""
+    every N-th layer again, 0 none. Raises UsageError for what Policy would compute wrongly, and for
+    files that lack something."""
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     # For a name that has no mask function transformers makes no mask, and reads no positions back
     AttentionInterface.register("varlen", varlen_attention)
     AttentionInterface.register("grids", grid_attention)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation=kernel)
+    with explain(f"model {path!r}: its weights do not load", "get its files again"):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", attn_implementation=kernel, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
+        raise UsageError(f"model {path!r}: {len(missing)} weights are not in its files, "
+                         f"{', '.join(missing[:3])} for example: get them again")
+    make_valid(model.generation_config)
     # Where vLLM has no model of its own for a family it decorates this one's class, after this
     model.get_decoder().do_not_compile = True
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
@@ -309,6 +317,16 @@ def load_model(path: str, kernel: str, recompute: int = 0) -> nn.Module:
     if recompute:
         model.gradient_checkpointing_enable(every_n_layers=recompute)
     return model.train()
+
+
+def make_valid(generation) -> None:
+    """Make a GenerationConfig one that transformers agrees to write: Vicuna's has a temperature
+    without do_sample. Where more is wrong BOS and EOS alone stay; nothing here uses the rest."""
+    others = [name for name in vars(generation) if name not in ("bos_token_id", "eos_token_id")]
+    for change in ({}, dict(do_sample=True), dict.fromkeys(others)):
+        vars(generation).update(change)
+        with contextlib.suppress(ValueError):
+            return generation.validate(strict=True)
 
 
 def distribute(policy: Policy, parallel: str, device: str, precision: torch.dtype | None = None,
@@ -344,19 +362,6 @@ def distribute(policy: Policy, parallel: str, device: str, precision: torch.dtyp
     if world_size() > 1:
         return nn.parallel.DistributedDataParallel(policy)
     return policy
-
-
-def adam(policy, lr: float, beta2: float, weight_decay: float, device: str) -> torch.optim.AdamW:
-    """Return the optimiser. On a GPU it is the fused one, for the other has a temporary of 4 bytes
-    a parameter, and has its states already, so that vLLM sees what memory they leave."""
-    fused = device != "cpu"
-    optimizer = torch.optim.AdamW(policy.parameters(), lr, (0.9, beta2), weight_decay=weight_decay,
-                                  fused=fused)
-    for x in policy.parameters() if fused else ():
-        averages = dict(exp_avg=torch.zeros_like(x), exp_avg_sq=torch.zeros_like(x))
-        optimizer.state[x] = dict(step=torch.zeros((), device=x.device)) | averages
-    optimizer.param_groups[0]["skipped"] = 0  # see step_or_skip
-    return optimizer
 
 
 def full_weights(model: nn.Module, dtype=None) -> Iterator[tuple[str, torch.Tensor]]:

@@ -2,7 +2,6 @@
 engine, sampling and grading. Training and evaluation share all of it; shelf/data.py reads problems.
 """
 
-import contextlib
 import hashlib
 import importlib
 import logging
@@ -19,8 +18,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from shelf.ranks import UsageError, rank, say, timed, world_size
-from verify import Grade, Graders
+from shelf.ranks import UsageError, brief, explain, rank, say, timed, world_size
+from verify import KINDS, Grade, Graders
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 PLAIN_TEMPLATE = "{problem}\n" + INSTRUCTION + "\n"  # for models without a chat template
@@ -237,17 +236,10 @@ def stop_token_ids(tokenizer, model: str, template: str = "auto") -> list[int]:
     return sorted({i for i in [tokenizer.eos_token_id, *ids] if i is not None})
 
 
-@contextlib.contextmanager
 def of_vllm(doing: str):
     """Turn whatever vLLM raises in the block into a UsageError."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as why:
-        said = (str(why).strip() or "no message").splitlines()[-1][:300]
-        raise UsageError(f"vLLM failed {doing} ({type(why).__name__}: {said}). If it lacks memory, "
-                         "lower --max_num_seqs or --gpu_memory") from why
+    return explain(f"vLLM failed {doing}",
+                   "if it lacks memory, lower --max_num_seqs or --gpu_memory")
 
 
 class Engine:
@@ -279,7 +271,7 @@ class Engine:
             room = 64 * max_model_len * cache_bytes(config, 4)  # for 64 whole sequences
             options |= dict(kv_cache_memory_bytes=int(np.clip(room, 256 << 20, 4 << 30)))
         else:
-            # watermark: blocks kept free, else running sequences throw each other out: tests/README
+            # watermark: blocks kept free, else running sequences throw each other out
             options |= dict(gpu_memory_utilization=gpu_memory, enable_sleep_mode=sleeps,
                             watermark=0.05)
         self.llm = LLM(
@@ -299,14 +291,7 @@ class Engine:
         self.max_model_len = max_model_len
         self.stop_ids = stop_token_ids(tokenizer, model, template)
         self.tensor_parallel, self.tied = tensor_parallel, config.tie_word_embeddings
-        self.asleep, self.preempted = False, 0
-
-    def preemptions(self) -> int:
-        """Return how many sequences were thrown out since the last call, to be computed again."""
-        before = self.preempted
-        counters = [x for x in self.llm.get_metrics() if x.name == "vllm:num_preemptions"]
-        self.preempted = sum(counter.value for counter in counters)
-        return self.preempted - before
+        self.asleep = False
 
     def generate(
         self, prompts: list[Prompt], n: int, seeds: list[int], *, max_tokens: int,
@@ -384,37 +369,46 @@ def judge_by_rules(graders: Graders) -> Judge:
 
 def judge_by_function(name: str, timeout: float = 10.0) -> Judge:
     """Return the judge that asks function(response, problem) of --reward module:function. It gets
-    the text and a Problem and returns a reward, or (reward, correct); the module is found from the
-    working directory. Raises UsageError where there is no such function. Calls run in 16 threads;
-    one that raises, returns no finite number or takes over `timeout` seconds has the reward nan."""
+    the text and a Problem, for what it returns see `to_grade`; the module is found from the working
+    directory. Raises UsageError where there is no such function. Calls run in 16 threads; one that
+    raises, returns no reward or takes over `timeout` seconds has the reward nan."""
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())
-    try:
+    with explain(f"--reward {name!r} does not load", "expected module:function"):
         reward_function = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"--reward {name!r}: expected module:function ({error})") from None
 
     def call(text: str, problem: Problem, grades: list[Grade]) -> None:
         try:
-            result = reward_function(text, problem)
-            reward, correct = result if isinstance(result, tuple) else (result, None)
-            if not math.isfinite(reward):
-                raise ValueError(f"the reward is {reward}")
-            grades.append(Grade(correct, None, reward=float(reward)))
-        except Exception as why:
-            said = f"{type(why).__name__}: {why}"[:200]
-            grades.append(Grade(False, None, "error", said, math.nan))
+            grades.append(to_grade(reward_function(text, problem)))
+        except BaseException as why:  # SystemExit too, which would end the thread without a word
+            grades.append(Grade(None, None, "error", brief(why), math.nan))
 
     def judge(problem: Problem, text: str) -> Grade:
         grades: list[Grade] = []
         thread = threading.Thread(target=call, args=(text, problem, grades), daemon=True)
         thread.start()  # of its own, for a call that hangs cannot be ended
         thread.join(timeout)
-        late = Grade(False, None, "timeout", f"no answer for {timeout:g} s", math.nan)
+        late = Grade(None, None, "timeout", f"over --grade_timeout, {timeout:g} s", math.nan)
         return grades[0] if grades else late
 
     pool = ThreadPoolExecutor(16, "reward")
     return lambda problem, text: pool.submit(judge, problem, text)
+
+
+def to_grade(result: Any) -> Grade:
+    """Return the grade of a reward function's result: a number, (number, correct) or (number,
+    correct, {part: number}). Raises for another one, and for what float32 cannot hold."""
+    given = result if isinstance(result, tuple) else (result,)
+    reward, correct, parts = (*given, None, None)[: max(3, len(given))]
+    numbers = dict(parts or {}) | dict(reward=reward)
+    for name, value in numbers.items():
+        if not math.isfinite(value) or abs(value) > float(np.finfo(np.float32).max):
+            raise ValueError(f"{name} is {value!r}")
+        numbers[name] = float(value)
+    if correct not in (None, False, True) or not numbers.keys().isdisjoint(("errors", *KINDS)):
+        raise ValueError(f"correct is {correct!r}, not True or False, or a part is named as a kind")
+    correct = None if correct is None else bool(correct)
+    return Grade(correct, None, reward=numbers.pop("reward"), parts=numbers)
 
 
 def sample(

@@ -26,14 +26,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache, partial
 from typing import Any
 
 from shelf import answers
 from shelf.answers import BadReference
-from shelf.ranks import UsageError
+from shelf.ranks import UsageError, explain
 from shelf.sandbox import Child, Sandbox, die_with_parent, set_limit
 
 WORKER_MEMORY = 8 << 30  # bytes of address space for sympy, and for decoding tests
@@ -46,11 +46,12 @@ class Grade:
     """A verdict. status: ok (the verdict is sure), no_answer, timeout, error (of the grader) or
     bad_reference; all but ok are incorrect. detail says why a program failed."""
 
-    correct: bool
+    correct: bool | None  # None: a reward function did not say
     extracted: str | None
     status: str = "ok"
     detail: str = ""
     reward: float | None = None  # set by a reward function; None: 1 or 0 by correctness
+    parts: dict[str, float] = field(default_factory=dict)  # what the reward is made of
 
 
 class _NeedsSympy(Exception):
@@ -62,11 +63,9 @@ class _NeedsSympy(Exception):
 
 def read_json(path: Any) -> dict:
     """Return the object in a file of our own; raises UsageError where it was cut or damaged."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return dict(json.load(file))
-    except (OSError, ValueError, TypeError) as why:
-        raise UsageError(f"{path}: damaged or unreadable: {why}") from None
+    with (explain(f"{path}: damaged or unreadable", "restore it, or give another"),
+          open(path, encoding="utf-8") as file):
+        return dict(json.load(file))
 
 
 def read_jsonl(path: str, skip_broken: bool = False) -> Iterator[tuple[str, dict]]:
@@ -469,14 +468,14 @@ _OPTIONS = ("n_choices", "time_limit")  # the fields that may be absent
 def _read_row(where: str, row: dict) -> tuple:
     """Return (id, kind, response, reference, options) of a row; UsageError names a wrong field."""
     reference = "question" if row.get("kind") == "code" else "answer"
-    for field in ("id", "kind", "response", reference, *_OPTIONS):
-        is_right, expected = _FIELDS[field]
-        if field not in row and field not in _OPTIONS:
-            raise UsageError(f"{where}: field {field!r}: missing")
-        if field in row and not is_right(row[field]):
-            got = repr(row[field])[:50]
-            raise UsageError(f"{where}: field {field!r}: expected {expected}, not {got}")
-    options = {field: row[field] for field in _OPTIONS if field in row}
+    for name in ("id", "kind", "response", reference, *_OPTIONS):
+        is_right, expected = _FIELDS[name]
+        if name not in row and name not in _OPTIONS:
+            raise UsageError(f"{where}: field {name!r}: missing")
+        if name in row and not is_right(row[name]):
+            got = repr(row[name])[:50]
+            raise UsageError(f"{where}: field {name!r}: expected {expected}, not {got}")
+    options = {name: row[name] for name in _OPTIONS if name in row}
     return row["id"], row["kind"], row["response"], only_item(row[reference]), options
 
 
@@ -503,7 +502,7 @@ def main() -> None:
         for (identity, *_), future in zip(rows, futures, strict=True):
             verdict = asdict(future.result())
             correct += verdict["correct"]
-            del verdict["reward"]  # for reward functions only
+            del verdict["reward"], verdict["parts"]  # for reward functions only
             print(json.dumps({"id": identity} | verdict), flush=True)
         counts = ", ".join(f"{n} {status}" for status, n in graders.counts.most_common())
     seconds = time.monotonic() - started

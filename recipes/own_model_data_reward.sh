@@ -58,13 +58,15 @@ printf '%s\n%s\n%s' '{problem}' \
     >"$WORK/template.txt"
 
 # -----------------------------------------------------------------------------
-# 4. The reward: function(response, problem) -> a number, or (number, correct). problem.text and
+# 4. The reward: function(response, problem) -> a number, (number, correct) or (number, correct,
+#    {"form": 0.1}), of which each part becomes a metric, reward_form. problem.text and
 #    problem.reference are the row's problem and answer. `correct` decides which tokens A3PO
 #    amplifies and what counts as accuracy; without it the sign of the advantage does.
 #    It is called on every response by the rank that sampled it, in 16 threads of the training
 #    process. If it raises, gives no finite number or takes over --grade_timeout, that is counted
-#    (reward_errors), shown once, and the response gets the lowest reward of its group. Do not run a
-#    program there that the model wrote (shelf/sandbox.py can).
+#    (reward_errors), said once, kept in rollouts.jsonl ("detail"), and the response gets the lowest
+#    reward of its group. At start it is called once with an empty response and has to give a reward.
+#    Do not run a program there that the model wrote (shelf/sandbox.py can).
 #    Here: 1 for the right answer and 0.1 for any answer in a box, so that the form is learnt first.
 cat >"$WORK/my_reward.py" <<'EOF'
 from verify import extract_answer

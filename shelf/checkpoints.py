@@ -14,18 +14,16 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from model import full_weights
 from shelf.folder import all_see, checkpoints_in, existing
-from shelf.ranks import UsageError, gather, rank, say
+from shelf.ranks import UsageError, brief, gather, rank, say
 
 
 class Checkpoints:
     """The folders step_N of a run. Each is a save_pretrained folder with weights of `dtype`; in
-    the newest, resume/ is what training goes on from: float32 weights and optimiser state, sharded
-    over the ranks, loaded by any number, and what `save` is given as state. All ranks make the same
-    calls.
+    the newest, resume/ is what training goes on from, on any number of ranks: float32 weights and
+    optimiser state, and what `save` is given as state. All ranks make the same calls.
 
     keep: how many folders stay, the newest; 0 is all. Where resume/ takes less than SMALL bytes,
-    the second newest has one too, to fall back to.
-    """
+    the second newest has one too, to fall back to."""
 
     SMALL = 1 << 30
 
@@ -55,15 +53,17 @@ class Checkpoints:
             try:
                 part(partial, final, dict(step=step, state=state))
             except (Exception, CheckpointException) as error:  # a full disk, a folder that is gone
-                why = last_line(error)
+                why = reason(error)
+                takes = self.weights_bytes + self.resume_bytes
+                free = shutil.disk_usage(existing(self.folder)).free  # beside what was written
+                if free < takes or "[Errno" in why or "(os error" in why:  # torch's hide the cause
+                    why += f"; it takes over {size(takes)}, {size(free)} were left: make room"
             if why := next(filter(None, gather([why])), None):  # also a barrier
                 break
         if why and rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
-            say(f"the checkpoint of step {step} was not written: {why}. It needs "
-                f"{size(self.weights_bytes + self.resume_bytes)}, free are "
-                f"{size(shutil.disk_usage(existing(self.folder)).free)}. Older ones stay, and "
-                "training goes on; make room before the next is due")
+            say(f"the checkpoint of step {step} was not written: {why}. Older ones stay, and "
+                "training goes on")
         return 0 if why else step
 
     def _write_weights(self, partial: Path, final: Path, at: dict) -> None:
@@ -74,8 +74,9 @@ class Checkpoints:
         if rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            self.model.config.dtype = self.dtype
             self.model.save_pretrained(partial, state_dict=weights)
+            self.model.config.dtype = self.dtype  # the model has float32, and wrote that
+            self.model.config.save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)
 
     def _write_state(self, partial: Path, final: Path, at: dict) -> None:
@@ -110,7 +111,7 @@ class Checkpoints:
                 state = self.training_state()
                 dcp.load(state, checkpoint_id=newest)
             except (Exception, CheckpointException) as error:  # of many types, on all ranks
-                say(f"{newest} is damaged: {last_line(error)}")
+                say(f"{newest} is damaged: {reason(error)}")
                 continue
             set_state_dict(self.policy, self.optimizer, model_state_dict=state["model"],
                            optim_state_dict=state["optimizer"])
@@ -126,8 +127,10 @@ class Checkpoints:
         return {"model": model_state, "optimizer": optimizer_state}
 
 
-def last_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
+def reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):  # what the ranks raised
+        error = next(iter(error.failures.values()))[0]
+    return brief(error)
 
 
 def size(n: float) -> str:

@@ -1,17 +1,15 @@
 """Every knob of training with its default and source; the settings (job sizes), the presets
-(methods), the command line, and the values that are refused.
-
-Sources: [P] the paper, [R] two public reading notes of its ACL version, [C] its authors' code, [O]
-our reading where none says.
+(methods), the command line, and the values that are refused. Sources: see HELP.
 """
 
 import argparse
 import dataclasses
+import difflib
 from functools import partial
 from math import inf
 from pathlib import Path
 
-from shelf.ranks import UsageError, world_size
+from shelf.ranks import UsageError, explain, world_size
 
 KINDS = ("", "math", "choice", "code")
 CELLS = ("low_prob", "high_prob", "low_entropy", "high_entropy")
@@ -45,15 +43,15 @@ class Config:
     setting: str = what("auto", "size of the job: paper, demo, or auto = paper on a GPU, else demo",
                         ("auto", "paper", "demo"), free=True)
     model: str = what("Qwen/Qwen3-8B-Base", "hub name or save_pretrained folder [P]")
-    data: str = what("BytedTsinghua-SIA/DAPO-Math-17k", ".jsonl, .parquet, .csv or hub data [P]")
+    data: str = what("BytedTsinghua-SIA/DAPO-Math-17k", "files or hub data, with commas [P]")
     kind: str = what("", "what all rows of --data are, else each row's own 'kind', or math", KINDS)
     eval_data: str = what("math-ai/aime24,math-ai/aime25", "held-out, with commas [C]", free=True)
     eval_kind: str = what("", "what all rows of --eval_data are", KINDS, free=True)
     unsafe_code: bool = what(False, "run programs even if they could change your files", free=True)
     output_dir: str = what("", "run folder; off: runs/SETTING-PRESET-seedN-TIME", free=True)
     seed: int = what(0, "seed of sampling and shuffling")
-    resume: str = what("", "auto: go on from the newest checkpoint in --output_dir, if any",
-                       ("", "auto"), free=True)
+    resume: str = what("", "auto: go on from the newest checkpoint there", ("", "auto"), free=True)
+    config: str = what("", "a run's config.json, or a part of it: defaults; flags win", free=True)
     resume_changed: bool = what(False, "resume with flags that change method or data", free=True)
     check: bool = what(False, "check flags, data and model without training", free=True)
 
@@ -72,8 +70,7 @@ class Config:
     temperature: float = rollouts(1.0, "of sampling, and of the trainer's log-probs [C]", above=0)
     max_num_seqs: int = rollouts(0, "responses an engine decodes at once, 0: by room", free=True)
     gpu_memory: float = rollouts(0.0, "share of a GPU for vLLM, 0: what is left", high=1, free=True)
-    kv_cache_dtype: str = rollouts("auto", "of vLLM's keys and values; fp8: half the memory, but a "
-                                   "larger mismatch", ("auto", "fp8"))
+    kv_cache_dtype: str = rollouts("auto", "fp8: twice the room, more mismatch", ("auto", "fp8"))
 
     reward: str = adv("", "module:function(response, problem) instead of the built-in graders")
     advantage: str = adv("group", "group: GRPO's; raw: +1 / -1 (2506.01347)", ("group", "raw"))
@@ -86,8 +83,7 @@ class Config:
     positive_cell: str = adv("low_prob", "tokens chosen in correct responses [P]", CELLS)
     negative_cell: str = adv("high_prob", "tokens chosen in incorrect responses [P]", CELLS)
     token_fraction: float = adv(0.2, "share of a response's tokens chosen [C, R]", above=0, high=1)
-    decay: str = adv("linear", "how rho falls to 1 [P: it decays; O: the form]",
-                     ("linear", "exp", "none"))
+    decay: str = adv("linear", "how rho falls to 1 [O: the form]", ("linear", "exp", "none"))
     decay_rate: float = adv(0.005, "alpha, per step [P]")
 
     clip_low: float = loss(0.2, "ratio clipped at 1 - clip_low [C]", high=1)
@@ -124,8 +120,7 @@ class Config:
     save_every: int = log(50, "steps between checkpoints, 0 = only after the last step")
     keep_checkpoints: int = log(0, "the newest N stay on disk, 0 = all")
     log_rollouts: int = log(4, "responses a step written to rollouts.jsonl")
-    log_tokens: int = log(0, "responses a step whose every token is written to tokens.jsonl, for "
-                          "eval.py show")
+    log_tokens: int = log(0, "responses a step of which tokens.jsonl has all, for eval.py show")
     log_to: str = log("", "also log metrics to any of tensorboard,wandb,trackio")
     grade_timeout: float = log(10.0, "seconds a grader may take for one response", above=0)
 
@@ -159,23 +154,17 @@ PRESETS = {
     "dr_grpo": ("GRPO without length and deviation normalisation, no KL", NO_SHAPING | GRPO | dict(
         norm_std=False, loss_agg="seq-mean-token-sum-norm", kl_coef=0.0)),
     "dapo": ("clip-higher, token mean, dynamic sampling, no KL", NO_SHAPING),
-    "fork_tokens": ("DAPO on the 20 % of tokens with the highest entropy", NO_SHAPING | dict(
-        entropy_fraction=0.2)),
+    "fork_tokens": ("DAPO on the 20 % of highest entropy", NO_SHAPING | dict(entropy_fraction=0.2)),
     "psr": ("DAPO on positive samples only", NO_SHAPING | dict(negative_weight=0.0)),
     "nsr": ("DAPO on negative samples only", NO_SHAPING | dict(positive_weight=0.0)),
-    "psr_raw": ("advantage +1, correct responses only (2506.01347)", RAW | dict(
-        negative_weight=0.0)),
-    "nsr_raw": ("advantage -1, incorrect responses only (2506.01347)", RAW | dict(
-        positive_weight=0.0)),
+    "psr_raw": ("advantage +1, correct ones only (2506.01347)", RAW | dict(negative_weight=0.0)),
+    "nsr_raw": ("advantage -1, incorrect ones only (2506.01347)", RAW | dict(positive_weight=0.0)),
     "w_reinforce": ("advantage +0.1 / -1 (2506.01347)", RAW | dict(positive_weight=0.1)),
     "lp_reg": ("ratio clipped to [0, 10], k3 to a proxy on unlikely tokens with A < 0", NO_SHAPING
                | dict(clip_low=1.0, clip_high=9.0, dual_clip=10.0, proxy_kappa=0.02, kl_coef=1.0)),
-    "polarity": ("DAPO with A * w_pos or w_neg; 0.5 : 1, the paper's best ratio", NO_SHAPING | dict(
-        positive_weight=0.5)),
-    "token_cell": ("one cell {positive, negative} x CELLS, constant weight; see --rho_*, --*_cell",
-                   dict(rho_negative=1.0, decay="none")),
-    "symmetric": ("the control: low-probability tokens for both polarities", dict(
-        negative_cell="low_prob")),
+    "polarity": ("A * w_pos or w_neg, the paper's best", NO_SHAPING | dict(positive_weight=0.5)),
+    "token_cell": ("one cell, constant weight (--*_cell)", dict(rho_negative=1.0, decay="none")),
+    "symmetric": ("control: unlikely tokens for both polarities", dict(negative_cell="low_prob")),
 }
 
 
@@ -197,9 +186,10 @@ def defaults(setting: str = "auto", preset: str = "a3po") -> Config:
     return Config(**fields, setting=setting, preset=preset)
 
 
+@explain("a flag is wrong", "--help has all", argparse.ArgumentError)
 def parse_args(argv: list[str] | None = None) -> Config:
     """Read the flags: defaults < setting < preset < flags. Unknown ones are an error."""
-    flags: dict = dict(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    flags: dict = dict(allow_abbrev=False, argument_default=argparse.SUPPRESS, exit_on_error=False)
     first = argparse.ArgumentParser(add_help=False, **flags)  # what the defaults depend on
     first.add_argument("--setting")
     first.add_argument("--preset")
@@ -225,8 +215,20 @@ def parse_args(argv: list[str] | None = None) -> Config:
             kind = dict(choices=PRESETS, metavar="NAME")
         headings[f.metadata["heading"]].add_argument(
             f"--{f.name}", help=text.replace("%", "%%"), **kind)
-    given = vars(parser.parse_args(argv))
-    return dataclasses.replace(base, **given | dict(setting=base.setting))
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        helps = {f.name: f.metadata["help"] for f in dataclasses.fields(Config)}
+        raise UsageError(f"{unknown[0]}: no such flag{suggestion(unknown[0], helps)}")
+    return dataclasses.replace(base, **vars(given) | dict(setting=base.setting))
+
+
+def suggestion(word: str, helps: dict[str, str]) -> str:
+    """Say which of the known words an unknown one may mean, by its parts in a help or by itself."""
+    word, dashes = word.partition("=")[0].lstrip("-"), "--" * word.startswith("-")
+    parts, known = {*word.split("_")}, sorted(helps, key=lambda name: len(helps[name]))
+    near = [name for name in known if parts <= {*helps[name].split()}]
+    near += difflib.get_close_matches(word, known, 1)
+    return f", did you mean {dashes}{near[0]}?" if near else "; --help has all"
 
 
 def check_config(config: Config) -> None:
@@ -235,8 +237,7 @@ def check_config(config: Config) -> None:
     for f in dataclasses.fields(c):
         low, above, high, below = (f.metadata[name] for name in ("low", "above", "high", "below"))
         value = getattr(c, f.name)
-        number = type(value) in (int, float)
-        if number and not (low <= value <= high and above < value < below):
+        if type(value) in (int, float) and not (low <= value <= high and above < value < below):
             left = f"({above:g}" if above >= low else f"[{low:g}"
             right = f"{high:g}]" if high < below else f"{below:g})"
             raise UsageError(f"--{f.name} {value}: give a value in {left}, {right}")

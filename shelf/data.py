@@ -14,7 +14,7 @@ from typing import Any
 import verify
 from rollout import Problem, Prompt, encode_prompts
 from shelf.config import Config
-from shelf.ranks import UsageError, say
+from shelf.ranks import UsageError, explain, say
 from verify import KINDS, extract_answer
 
 # DAPO-Math-17k's instruction around a problem: our template asks in evaluation's words instead
@@ -27,16 +27,18 @@ CHECKED_TESTS = 1 << 20  # characters, decoded in 7 ms; some of LiveCodeBench's 
 
 
 def read_rows(source: str, split: str = "train") -> Iterator[tuple[str, dict]]:
-    """Yield (where, row) from a .jsonl, .parquet or .csv file, or from a data set on the hub."""
+    """Yield (where, row) from .jsonl, .parquet or .csv files or hub data sets, with commas."""
     path = Path(source)
+    if "," in source and not path.exists():
+        for part in filter(None, map(str.strip, source.split(","))):
+            yield from read_rows(part, split)
+        return
     if path.suffix == ".jsonl" and path.is_file():
         yield from verify.read_jsonl(path)
         return
     if path.suffix in (".parquet", ".csv") and path.is_file():
-        try:
+        with explain(f"{source}: cannot be read", "it is damaged, or not in UTF-8"):
             rows = _table(path)
-        except (OSError, ValueError) as why:  # damaged, or not in UTF-8
-            raise UsageError(f"{source}: cannot be read: {str(why)[:200]}") from None
     elif path.exists() or path.suffix or source.count("/") != 1:
         raise UsageError(f"data {source!r}: expected an existing .jsonl or .parquet file, or a hub "
                          "data set 'owner/name' or 'owner/name:config'; check the path")
@@ -58,11 +60,9 @@ def _hub_rows(name: str, split: str) -> Iterable[dict]:
     import datasets
 
     name, _, config = name.partition(":")
-    try:
+    with explain(f"data {name!r}: no such local file, and the hub data set did not load",
+                 "check the name"):
         splits = datasets.load_dataset(name, config or None)
-    except Exception as error:  # the hub client raises many kinds, all with the same meaning here
-        raise UsageError(f"data {name!r}: no such local file, and the hub data set did not load "
-                         f"({type(error).__name__}: {str(error).splitlines()[0][:120]})") from None
     return splits[split if split in splits else next(iter(splits))]
 
 

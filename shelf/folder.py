@@ -1,30 +1,28 @@
 """A training run's folder: metrics, text, pictures, and where else metrics go.
 
-Files are replaced or appended to: a kill at any moment leaves a run that `--resume auto` can go on
-with.
+Files are replaced or appended to: a kill at any moment leaves a run that can be resumed.
 """
 
 import atexit
+import contextlib
 import fcntl
-import importlib
 import importlib.metadata
 import json
 import os
-import secrets
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from rollout import Sample
+from rollout import Sample, reward_failed
 from shelf.config import FREE, Config
-from shelf.ranks import UsageError, gather, rank, say
+from shelf.ranks import UsageError, brief, explain, gather, on_rank_0, rank, say
 from shelf.report import Console, before_after, draw_runs, markdown
 from verify import read_json, read_jsonl
 
@@ -42,24 +40,30 @@ def environment() -> dict[str, str]:
     return versions | dict(python=sys.version.split()[0], commit=commit, command=" ".join(sys.argv))
 
 
+def writing(path: Path):
+    """Turn an error of the file system in the block into a UsageError."""
+    return explain(f"{path} cannot be written", "make room there", OSError)
+
+
 def replace_file(path: Path, text: str) -> None:
     """Write a file so that a kill leaves the old text or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}")
-    partial.write_text(text)
-    partial.replace(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text)
+        partial.replace(path)
 
 
 def append_records(path: Path, records: list[dict]) -> None:
     """Append to a .jsonl file, to which other ranks may be writing too."""
-    lines = [json.dumps(record, default=_plain) + "\n" for record in records]
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+    lines = [json.dumps(record, default=plain) + "\n" for record in records]
+    with writing(path), path.open("a") as file:
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
         file.write("".join(lines))
 
 
-def _plain(value):
-    """Return NumPy numbers as numbers, anything else as text."""
+def plain(value):  # NumPy's numbers are numbers
     return value.item() if hasattr(value, "item") else str(value)
 
 
@@ -96,14 +100,30 @@ def all_see(path: Path) -> None:
 def folder_path(flag: str, folder: str) -> Path:
     """Return the folder that a flag names; UsageError if it cannot be written to."""
     there = existing(Path(folder))
-    if Path(folder).exists() and not there.is_dir():
-        raise UsageError(f"{flag} {folder}: not a folder")
-    try:
+    with explain(f"{flag} {folder}: {there} cannot be written to", "give another", OSError):
         tempfile.TemporaryFile(dir=there).close()
-    except OSError as why:
-        raise UsageError(f"{flag} {folder}: {there} cannot be written to "
-                         f"({why.strerror})") from None
     return Path(folder)
+
+
+LOCKS: dict[Path, TextIO] = {}  # open files: what they lock is locked until the process ends
+
+
+def claim(flag: str, folder: Path) -> Path:
+    """Return rank 0's folder on all ranks, made by it, and locked; UsageError if another run has
+    locked it. A file system without locks is no reason to stop."""
+    def lock() -> Path:
+        LOCKS.pop(folder, None)
+        folder.mkdir(parents=True, exist_ok=True)
+        LOCKS[folder] = (folder / ".lock").open("a")
+        try:
+            fcntl.flock(LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as why:
+            if isinstance(why, BlockingIOError):  # others: there are no locks
+                raise UsageError(f"{flag} {folder}: another run is writing there: wait until it "
+                                 "ends, or give another folder") from None
+        return folder
+
+    return on_rank_0(lock)
 
 
 # ---- where else metrics go ----------------------------------------------------------------------
@@ -117,10 +137,8 @@ def installed_sinks(names: str) -> list[str]:
     for name in listed:
         if name not in SINKS:
             raise UsageError(f"--log_to {name}: give any of {', '.join(SINKS)}")
-        try:
+        with explain(f"--log_to {name} does not load", f"pip install {name} first", ImportError):
             importlib.import_module(name)
-        except ImportError as why:
-            raise UsageError(f"--log_to {name}: pip install {name} first ({why})") from None
     return listed
 
 
@@ -142,7 +160,7 @@ def open_sink(name: str, folder: Path, settings: dict, start: int) -> tuple[Call
     if name == "wandb":  # by its id it goes on with the run, and takes no step twice
         kept = folder / "wandb-id"
         if not kept.exists():
-            kept.write_text(secrets.token_hex(4))
+            kept.write_text(os.urandom(4).hex())
         own = dict(id=kept.read_text(), dir=folder)
     run = importlib.import_module(name).init(
         project=os.environ.get(f"{name.upper()}_PROJECT", "a3po"), name=folder.name,
@@ -164,6 +182,7 @@ class RunFolder:
         self.sinks: dict[str, tuple[Callable, Callable]] = {}  # rank 0's
         self.step: int | None = None  # the last that was logged
         self.terminated = False  # by SIGTERM
+        self.failed = False  # a reward function
         self.began, self.console = time.time(), Console()
         self.changed: list[str] = []
         if (self.path / "metrics.jsonl").exists():
@@ -195,14 +214,12 @@ class RunFolder:
         return max(map(step_of, checkpoints_in(self.checkpoints)), default=0)
 
     def where(self) -> str:
-        """Return where an interrupted run stands."""
         saved = f"checkpoint at step {self.saved()}" if self.saved() else "no checkpoint yet"
-        return (f"interrupted at step {self.step if self.step is not None else 0}; {saved}; go on "
+        return (f"stopped at step {self.step if self.step is not None else 0}; {saved}; go on "
                 f"with --resume auto --output_dir {self.path}")
 
     def end_at_sigterm(self) -> None:
-        """End after the step, with a checkpoint, when a scheduler sends SIGTERM; a second one ends
-        at once."""
+        """At SIGTERM, a scheduler's, end after the step with a checkpoint; at a second, at once."""
         def terminate(number, frame):
             self.terminated = True
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -218,17 +235,10 @@ class RunFolder:
             say(f"stopped as asked; go on with --resume auto --output_dir {self.path}")
         return asked
 
-    def agree(self) -> None:
-        """Take rank 0's path on all ranks: its name may hold the clock, which each rank read."""
-        self.path = gather([self.path])[0]
-
     def open(self, start: int) -> None:
         """Make the folder. Where it holds a run, drop the lines of `start` and later steps: they
         will be written again. Raises UsageError where some ranks do not see it."""
-        self.began = time.time()
-        if rank() == 0:
-            self.make(start)
-        gather([])  # rank 0 has made it
+        on_rank_0(lambda: self.make(start))
         all_see(self.path / "config.json")
 
     def make(self, start: int) -> None:
@@ -238,21 +248,20 @@ class RunFolder:
         path = self.path / "config.json"
         if path.exists() and self.changed:
             older = len(list(self.path.glob("config.*.json")))
-            shutil.copyfile(path, self.path / f"config.{older + 1}.json")
+            path.with_name(f"config.{older + 1}.json").write_text(path.read_text())
         replace_file(path, json.dumps(about, indent=1) + "\n")
         for name in self.log_to:
             if sink := self.attempt(name, open_sink, name, self.path, about, start):
                 self.sinks[name] = sink
         atexit.register(self.close_sinks)  # also of a run that is stopped
-        say(f"the run is in {self.path}; to end it after a step with a checkpoint: touch "
-            f"{self.path / 'stop'}")
+        say(f"the run is in {self.path}; to end it with a checkpoint: touch {self.path}/stop")
         for name in ("metrics.jsonl", "rollouts.jsonl", "tokens.jsonl"):
             if name != "tokens.jsonl" or (self.path / name).exists():
                 keep_records(self.path / name, start)
 
     def set_aside(self) -> None:
         """Move a run that cannot be resumed out of the way: nothing of it is lost."""
-        old = [path for path in self.path.iterdir() if not path.name.startswith("lost-")]
+        old = [p for p in self.path.iterdir() if not p.name.startswith(("lost-", ".lock"))]
         lost = self.path / f"lost-{len(list(self.path.glob('lost-*'))) + 1}"
         lost.mkdir()
         for path in old:
@@ -260,12 +269,8 @@ class RunFolder:
         say(f"no checkpoint to resume from: what was there is in {lost}, and step 0 comes next")
 
     def append(self, name: str, record: dict) -> None:
-        try:
-            if rank() == 0:
-                append_records(self.path / name, [record])
-        except OSError as why:
-            raise UsageError(f"{self.path / name} cannot be written ({why.strerror}): make room, "
-                             f"and go on with --resume auto --output_dir {self.path}") from None
+        if rank() == 0:
+            append_records(self.path / name, [record])
 
     def log_metrics(self, metrics: dict) -> None:
         self.append("metrics.jsonl", metrics)
@@ -279,8 +284,7 @@ class RunFolder:
             return action(*args, **options)
         except Exception as why:  # of a network, a service, another version
             self.sinks.pop(sink, None)
-            say(f"NOTE: --log_to {sink} failed and is left out ({type(why).__name__}: "
-                f"{str(why)[:200]}); metrics.jsonl has everything")
+            say(f"NOTE: --log_to {sink} failed and is left out ({brief(why)})")
 
     def close_sinks(self) -> None:
         while self.sinks:
@@ -300,17 +304,22 @@ class RunFolder:
 
     def log_eval(self, step: int, metrics: dict) -> None:
         """Append an evaluation's metrics, with eval_ before their names; print a line."""
-        named = {f"eval_{name}": value for name, value in metrics.items()}
-        self.log_metrics(dict(step=step, **named))
+        self.log_metrics(dict(step=step) | {f"eval_{name}": x for name, x in metrics.items()})
         say(f"{step:6d}  held-out accuracy {metrics['accuracy']:.3f} "
             f"+- {metrics['accuracy_stderr']:.3f}, length {metrics['length']:.1f}")
 
     def log_rollouts(self, step: int, groups: list[list[Sample]]) -> None:
-        """Append the first response of the first --log_rollouts groups, as text."""
-        for sample in [group[0] for group in groups[: self.config.log_rollouts]]:
+        """Append the first response of the first groups, and the first of which --reward failed."""
+        chosen = [group[0] for group in groups[: self.config.log_rollouts]]
+        failed = [sample for sample in chain(*groups) if reward_failed(sample.grade)]
+        if failed and not self.failed:
+            say(f"NOTE: --reward failed for {len(failed)} responses ({failed[0].grade.detail}): "
+                "their reward is the lowest of their group; more: rollouts.jsonl, reward_errors")
+        self.failed |= bool(failed)
+        for sample in {id(sample): sample for sample in chosen + failed[:1]}.values():
             facts = about_sample(sample) | dict(
                 kind=sample.prompt.problem.kind, **sample.prompt.problem.options,
-                response=sample.text, correct=sample.grade.correct, length=len(sample.ids))
+                response=sample.text, length=len(sample.ids))
             facts["answer"] = facts.pop("reference")
             self.append("rollouts.jsonl", dict(step=step) | facts)
 
@@ -329,33 +338,30 @@ class RunFolder:
             self.append("tokens.jsonl", dict(step=step) | values)
 
     def finish(self) -> None:
-        """Draw the curves; print and write the before/after table. Raises UsageError if the last
-        checkpoint could not be written."""
+        """Draw curves, print and write the table. UsageError if the last checkpoint is missing."""
         if rank() == 0:
-            draw_runs([self.path]).savefig(self.path / "curves.png")
+            with writing(self.path / "curves.png"):
+                draw_runs([self.path]).savefig(self.path / "curves.png")
             table = markdown(before_after(self.path / "metrics.jsonl"))
             replace_file(self.path / "summary.md", table + "\n")
-            say(f"\n{table}\n\ntrained for {time.time() - self.began:.0f} s; everything is in "
-                f"{self.path}/ (curves.png is the picture, `python eval.py show {self.path}` makes "
-                "a page with the responses)")
+            say(f"\n{table}\n\nfinished after {time.time() - self.began:.0f} s: see {self.path}/"
+                f"curves.png; `python eval.py show {self.path}` makes a page with the responses")
         if self.saved() != self.config.steps:
-            raise UsageError("the trained model was not saved, see above")
+            raise UsageError("all steps are done, but the trained model was not saved, see above")
 
 
 def about_sample(sample: Sample) -> dict:
     """Return what rollouts.jsonl and tokens.jsonl say of a response; not a program's tests."""
-    problem, grade = sample.prompt.problem, sample.grade
-    return dict(id=problem.id, problem=problem.text,
-                reference=None if problem.kind == "code" else problem.reference,
-                extracted=grade.extracted, status=grade.status, reward=sample.reward,
-                finish_reason=sample.finish_reason)
+    problem = sample.prompt.problem
+    facts = dict(id=problem.id, problem=problem.text, finish_reason=sample.finish_reason,
+                 reference=None if problem.kind == "code" else problem.reference)
+    return facts | asdict(sample.grade) | dict(reward=sample.reward)
 
 
 def token_values(batch: dict, row: int, sample: Sample, tokenizer) -> dict:
-    """Return what is known of a sample's tokens, that of each in a list: its text; log-probs as
-    vLLM sampled it (vllm), of the policy that sampled (old) and of the one that was updated (new);
-    entropy; weight, the factor on the advantage, 0 where the loss has no term. None for what was
-    not computed."""
+    """Return lists of what is known of a sample's tokens: their text; log-probs in vLLM (vllm), of
+    the policy that sampled (old) and of the one that was updated (new); entropy; weight, the factor
+    on the advantage, 0 where the loss has no term. None for what was not computed."""
     values = dict(vllm=batch["rollout_logprobs"], old=batch.get("old_logprobs"),
                   new=batch.get("logprobs"), entropy=batch.get("entropy"), weight=None)
     if "shaped" in batch and sample.advantage:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from rollout import cache_bytes
+from rollout import Engine, cache_bytes
 from shelf.config import Config
 from shelf.ranks import UsageError, say, world_size
 
@@ -56,6 +56,28 @@ def engine_room(config: Config, parameters: int, kv_bytes: int, held: int, card:
         raise UsageError(f"it does not fit: with {share:.0%} of a GPU vLLM has room for {room:,} "
                          f"tokens, and a response may have {longest:,}: take more GPUs")
     return share, room, config.max_num_seqs or min(512, max(64, 4 * room // longest))
+
+
+def adam(policy, lr: float, beta2: float, weight_decay: float, device: str) -> torch.optim.AdamW:
+    """Return the optimiser. On a GPU it is the fused one, for the other has a temporary of 4 bytes
+    a parameter, and has its states already, so that vLLM sees what memory they leave."""
+    fused = device != "cpu"
+    optimizer = torch.optim.AdamW(policy.parameters(), lr, (0.9, beta2), weight_decay=weight_decay,
+                                  fused=fused)
+    for x in policy.parameters() if fused else ():
+        averages = dict(exp_avg=torch.zeros_like(x), exp_avg_sq=torch.zeros_like(x))
+        optimizer.state[x] = dict(step=torch.zeros((), device=x.device)) | averages
+    optimizer.param_groups[0]["skipped"] = 0  # see step_or_skip
+    return optimizer
+
+
+def preemptions(engine: Engine) -> int:
+    """Return how many sequences, since the last call, lost their keys and values for want of room
+    and were computed again."""
+    before = getattr(engine, "preempted", 0)
+    counters = [x for x in engine.llm.get_metrics() if x.name == "vllm:num_preemptions"]
+    engine.preempted = sum(counter.value for counter in counters)
+    return engine.preempted - before
 
 
 def trainer_memory() -> float:

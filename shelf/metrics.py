@@ -22,31 +22,34 @@ def rollout_metrics(
     samples = list(chain(*groups))
     lengths = np.array([len(s.ids) for s in samples])
     correct = np.array([bool(s.grade.correct) for s in samples])
-    judged = any(s.grade.correct is not None for s in samples)
+    judged = np.array([s.grade.correct is not None for s in samples])
+    incorrect = judged & ~correct
     statuses = [s.grade.status for s in samples]
     kinds = np.array([s.prompt.problem.kind for s in samples])
-    rewards, by_kind = rewards.double(), {}
+    rewards, more = rewards.double(), {}
     for kind in sorted({*kinds}) if len({*kinds}) > 1 else ():
-        by_kind[f"reward_{kind}"] = rewards[kinds == kind].mean().item()
-        by_kind[f"accuracy_{kind}"] = correct[kinds == kind].mean() if judged else None
-    errors = {}
+        of = kinds == kind
+        more[f"reward_{kind}"] = rewards[of].mean().item()
+        more[f"accuracy_{kind}"] = correct[of].mean() if judged[of].any() else None
+    parts = [s.grade.parts for s in samples]
+    for name in sorted({*chain(*parts)}):
+        more[f"reward_{name}"] = np.mean([x[name] for x in parts if name in x])
     if any(s.grade.reward is not None for s in samples):  # by a reward function
-        errors["reward_errors"] = sum(reward_failed(s.grade) for s in samples)
+        more["reward_errors"] = sum(reward_failed(s.grade) for s in samples)
     return dict(
         reward=rewards.mean().item(),
-        accuracy=correct.mean() if judged else None,
-        **by_kind,
-        **errors,
+        accuracy=correct.mean() if judged.any() else None,
+        **more,
         response_length=lengths.mean(),
         response_length_positive=lengths[correct].mean() if correct.any() else None,
-        response_length_negative=lengths[~correct].mean() if not correct.all() else None,
+        response_length_negative=lengths[incorrect].mean() if incorrect.any() else None,
         truncated=np.mean([s.finish_reason == "length" for s in samples]),
         no_answer=statuses.count("no_answer") / len(samples),
         **{f"grader_{x}": statuses.count(x) for x in ("timeout", "error", "bad_reference")},
         groups_drawn=len(groups),
         surplus_groups=max(0, sum(map(is_live, groups)) - wanted),
         dead_groups=1 - np.mean([is_live(group) for group in groups]),
-        dead_all_correct=correct.reshape(len(groups), -1).all(1).mean(),
+        dead_all_correct=correct.reshape(len(groups), -1).all(1).mean() if judged.any() else None,
         rollout_tokens=int(lengths.sum()),
     )
 
@@ -89,8 +92,8 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
                 "eval_accuracy does not, the problems are learned by heart",
     "accuracy_KIND": "accuracy by kind, share: of the responses to problems of this kind",
     "reward_KIND": "reward by kind, points: mean of the responses to problems of this kind",
-    "reward_errors": "reward errors, responses: --reward raised, was late or gave no number: they "
-                     "got the lowest reward of their group; should be 0",
+    "reward_PART": "part of the reward, points: mean of the responses to which --reward gave it",
+    "reward_errors": "reward errors, responses: --reward failed, so their group's lowest reward; 0",
     "response_length": "length, tokens: mean; if it nears --max_response_length, see truncated",
     "response_length_positive": "correct length, tokens: mean of correct responses",
     "response_length_negative": "incorrect length, tokens: mean of incorrect responses",
@@ -168,6 +171,7 @@ def describe(name: str) -> tuple[str, str, str]:
     """Return label, unit and meaning; `name` as in metrics.jsonl or results.json, else KeyError."""
     name = re.sub(r"maj@\d+$", "maj@n", re.sub(r"pass@\d+$", "pass@k", name))
     name = re.sub("_(math|choice|code)$", "_KIND", name)
+    name = re.sub("^reward_(?!(KIND|errors)$).*", "reward_PART", name)
     heading, _, meaning = METRICS[name if name in METRICS else f"eval_{name}"].partition(": ")
     label, _, unit = heading.partition(", ")
     return label, unit, meaning

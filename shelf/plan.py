@@ -32,7 +32,7 @@ import model
 from rollout import Prompt, Sample, cache_bytes
 from shelf.checks import check_model
 from shelf.memory import CONTEXT, GIB, engine_room
-from shelf.ranks import UsageError
+from shelf.ranks import UsageError, explain
 from shelf.report import plan_table
 from verify import Grade
 
@@ -49,10 +49,8 @@ def measure(ranks: int, config: a3po.Config) -> dict:
     sys.stdout = sys.stderr = open(os.devnull, "w")
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(ranks))
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    try:
+    with explain(f"model {config.model!r} has no config.json that can be read", "check its name"):
         about = AutoConfig.from_pretrained(config.model)
-    except (OSError, ValueError):
-        raise UsageError(f"model {config.model!r} has no config.json that can be read") from None
     check_model(config.model, about)
     a3po.precision_of(config.precision, "cuda")  # refuses 32 bits; both kinds of 16 are one size
     sharded = config.parallel == "fsdp"
@@ -105,9 +103,10 @@ def count(flops: FlopCounterMode, lengths: np.ndarray) -> float:
 
 def build(config: a3po.Config, about, fake: FakeTensorMode) -> tuple:
     """Return what a3po.build does, with fake weights. about: the model's config."""
-    def load(path: str, dtype: str, **kernel: str) -> torch.nn.Module:
+    def load(path: str, *, attn_implementation: str, **_) -> tuple[torch.nn.Module, dict]:
+        how = dict(dtype=torch.float32, attn_implementation=attn_implementation)
         with fake:
-            return AutoModelForCausalLM.from_config(about, dtype=torch.float32, **kernel)
+            return AutoModelForCausalLM.from_config(about, **how), dict(missing_keys=[])
 
     if config.parallel == "ddp":  # its buckets are calculated, for no fake can make them
         os.environ["WORLD_SIZE"] = "1"
@@ -153,7 +152,7 @@ def in_process(ranks: int, argv: list[str]) -> dict:
     """Return what `measure` finds with these flags. Raises UsageError."""
     with (patch.dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
           ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool):
-        return pool.submit(measure, ranks, a3po.parse_args(argv)).result()
+        return pool.submit(measure, ranks, a3po.parse_args(a3po.with_config(argv))).result()
 
 
 def problem(x: dict, gpu: int) -> str:

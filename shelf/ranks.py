@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,6 +18,21 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 class UsageError(ValueError):
     """Bad input: one sentence saying what, where and what to do; shown without a traceback."""
+
+
+def brief(error: BaseException) -> str:  # cut at a word
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+
+
+@contextlib.contextmanager
+def explain(what: str, cure: str, kinds: Any = (Exception, SystemExit)):
+    """Turn what a library raises in the block into a UsageError: what went wrong (why): a cure."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except kinds as why:
+        raise UsageError(f"{what} ({brief(why)}): {cure}") from why
 
 
 def init_distributed() -> str:
@@ -41,9 +57,8 @@ def init_distributed() -> str:
 
 def leave(status: int = 0) -> NoReturn:
     """End a finished process after its exit handlers, without the rest of Python's shutdown: there,
-    a thread of gloo that has yet to free a tensor of the last collective aborts the process
-    (PyTorch's pull request 179291). destroy_process_group is no cure: DTensor's caches keep the
-    group, and with it its threads."""
+    a thread of gloo that has yet to free a tensor aborts the process (PyTorch's pull request
+    179291); after destroy_process_group too, as DTensor's caches keep the group."""
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

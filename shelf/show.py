@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 from rollout import Sample
+from shelf.config import defaults, parse_args
 from shelf.folder import replace_file
 from shelf.metrics import describe
 from shelf.ranks import UsageError, say
@@ -38,15 +39,31 @@ def read(path: Path) -> list[dict]:
     return [record for _, record in read_jsonl(path)] if path.exists() else []
 
 
+def changed(settings: dict) -> dict:
+    """Return what a run's config.json has that its setting and preset have not; not its folder."""
+    usual = vars(defaults(settings["setting"], settings["preset"]))
+    return {name: value for name, value in settings.items() if value != usual.get(name, value)
+            and name not in ("output_dir", "resume", "resume_changed", "config", "check")}
+
+
+def with_config(argv: list[str]) -> list[str]:
+    """Return the flags and before them the values in --config FILE, if that is given. Of a run's
+    own file these are what differs from its preset, which may then be another."""
+    path = parse_args(argv).config
+    settings = read_json(path) if path else {}
+    if "environment" in settings:
+        settings = {key: settings[key] for key in ("setting", "preset")} | changed(settings)
+    flags = [f"--{'' if value else 'no-'}{name}" if type(value) is bool else f"--{name}={value}"
+             for name, value in settings.items()]
+    return flags + argv
+
+
 def of_training(folder: Path) -> dict:
     """Return what the page shows of a training run."""
-    from shelf.config import defaults
-
     settings = read_json(folder / "config.json")
     usual = vars(defaults(settings["setting"], settings["preset"]))
-    changed = [["not the default", "value", "default"]]
-    changed += [[name, str(value), str(usual[name])] for name, value in settings.items()
-                if name in usual and value != usual[name] and name not in ("output_dir", "resume")]
+    other = [["not the default", "value", "default"]]
+    other += [[name, str(value), str(usual[name])] for name, value in changed(settings).items()]
     metrics = read(folder / "metrics.jsonl")
     curves = [[dict(label=", ".join(describe(name)[:2]), meaning=describe(name)[2], points=[
         [x["step"], x[name]] for x in metrics if x.get(name) is not None]) for name in names]
@@ -54,7 +71,7 @@ def of_training(folder: Path) -> dict:
     responses = read(folder / "tokens.jsonl") or read(folder / "rollouts.jsonl")
     about = {k: v for k, v in settings.items() if k in usual} | settings.get("environment", {})
     return dict(title=f"{settings['preset']} on {Path(settings['data']).name}", unit="step",
-                table=before_after(folder / "metrics.jsonl"), changed=changed, about=about,
+                table=before_after(folder / "metrics.jsonl"), changed=other, about=about,
                 curves=curves, responses=responses,
                 clip=[settings["clip_low"], settings["clip_high"]])
 

@@ -18,6 +18,8 @@ NAMES = dict(a3po="A3PO", dapo="DAPO", random="random 20 %", grpo="GRPO", psr="P
              a3po_constant="A3PO, no decay", base="base")
 CELLS = ("low_prob", "high_prob", "low_entropy", "high_entropy")
 FOUND = 0.1  # as in study.py
+PLURAL = {"holds": "hold", "does not hold": "do not hold",
+          "not decidable here": "are not decidable here", "not run": "not run yet"}
 SIZE = dict(dpi=110, bbox_inches="tight")
 
 
@@ -97,11 +99,14 @@ def dial(runs: list[dict], places: tuple, path: Path) -> None:
 
 
 def cell_map(results: list[dict], path: Path) -> None:
-    """What each cell's tokens do to entropy, against DAPO's, as a heat map with intervals."""
-    grid, words = np.full((2, 4), np.nan), {}
+    """What each cell's tokens do to entropy, against DAPO's, as a heat map with intervals; of the
+    fresh seeds, once they are judged."""
+    grid, words, seeds = np.full((2, 4), np.nan), {}, 0
+    again = any(r["claim"].family == "cells again" and r["n"] > 1 for r in results)
     for r in results:
         claim = r["claim"]
-        if claim.family == "cells" and r["n"] > 1:
+        if claim.family == ("cells again" if again else "cells") and r["n"] > 1:
+            seeds = r["n"]
             cell, sign = (claim.a, 1) if claim.b == "dapo" else (claim.b, -1)
             at = ("+-".index(cell[0]), CELLS.index(cell[1:]))
             grid[at], words[at] = sign * r["mean"], f"{sign * r['mean']:+.3f}\n± {r['half']:.3f}"
@@ -114,7 +119,8 @@ def cell_map(results: list[dict], path: Path) -> None:
     axis.set_xticks(range(4), [cell.replace("_", " ").replace("prob", "probability")
                                for cell in CELLS])
     axis.set_yticks(range(2), ["right\nresponses", "wrong\nresponses"])
-    axis.set_title("entropy against DAPO's, nats, if these tokens weigh twice", fontsize=11)
+    axis.set_title("entropy against DAPO's, nats, if these tokens weigh twice "
+                   f"({seeds} seeds)", fontsize=11)
     figure.colorbar(image, ax=axis)
     finish(figure, path)
 
@@ -168,7 +174,8 @@ def finish(figure, path: Path) -> None:
     pyplot.close(figure)
 
 
-def draw_all(runs: list[dict], results: list[dict], main: str, places: tuple, out: Path) -> None:
+def draw_all(runs: list[dict], results: list[dict], cells_again: list[dict], main: str,
+             places: tuple, out: Path) -> None:
     """Draw every picture into out."""
     over_steps(runs, main, ("a3po", "dapo", "random"), "traps of the shortcut regime",
                out / "shortcut.png")
@@ -176,7 +183,7 @@ def draw_all(runs: list[dict], results: list[dict], main: str, places: tuple, ou
                "the saturating regime", out / "saturating.png")
     over_steps(runs, "long", ("a3po", "dapo", "a3po_constant"), "300 steps", out / "long.png")
     dial(runs, places, out / "dial.png")
-    cell_map(results, out / "cells.png")
+    cell_map(results + cells_again, out / "cells.png")
     pass_curves(runs, "saturating", out / "pass_at_k.png")
     story(runs, main, out / "story.png")
 
@@ -188,18 +195,33 @@ def number(value: float, effect: float) -> str:
     return f"{value:.1e}" if effect < 1e-4 else f"{value:.1f}" if effect >= 1 else f"{value:.3f}"
 
 
+def beyond(r: dict) -> bool:
+    """Return whether a claim holds and all of its interval is beyond what matters ("same": within),
+    the stricter reading."""
+    size = abs(r["mean"]) if r["claim"].kind == "differs" else r["mean"]
+    whole = r["claim"].kind == "same" or size - r["half"] >= r["claim"].effect
+    return r["verdict"] == "holds" and bool(whole)
+
+
 def claim_row(r: dict) -> str:
     claim, when = r["claim"], r["claim"].metric
     metric = f"{when[1]}, {when[2] if isinstance(when[2], str) else f'step {when[2]}'}"
-    if r["n"] < 2:
-        difference = "-"
-    else:
+    difference, p = "-", "-"
+    if r["n"] > 1:
+        p = f"{min(r['p'], 1):.2g}"
         mean, half = number(r["mean"], claim.effect), number(r["half"], claim.effect)
         difference = f"{'' if mean[0] == '-' else '+'}{mean} ± {half}"
     kinds = {"same": "within ", "differs": "either way ", "found": "", "more": ""}
-    return (f"| **{r['verdict']}** | {claim.text} | {claim.source} | {claim.a} - {claim.b}: "
-            f"{metric} | {difference} | {r['n']} | {min(r['p'], 1):.2g} | "
-            f"{kinds[claim.kind]}{claim.effect:g} |")
+    strict = {"holds": "yes" if beyond(r) else "no"}.get(r["verdict"], "")
+    return (f"| **{r['verdict']}** | {r['side']} | {claim.text} | {claim.source} | "
+            f"{claim.a} - {claim.b}: {metric} | {difference} | {r['n']} | {p} | "
+            f"{kinds[claim.kind]}{claim.effect:g} | {strict} |")
+
+
+def claims_table(results: list[dict]) -> list[str]:
+    return ["| verdict | decided by | claim | source | difference of | ± simultaneous 95 % "
+            "| pairs | p (Holm) | smallest that matters | all of the interval beyond it |",
+            "|" + "---|" * 10, *map(claim_row, results)]
 
 
 def means_table(runs: list[dict]) -> list[str]:
@@ -227,26 +249,45 @@ def means_table(runs: list[dict]) -> list[str]:
     return lines
 
 
-def write_summary(runs: list[dict], results: list[dict], planned: int, rule: str, command: str,
-                  out: Path) -> None:
+def moved(results: list[dict]) -> list[str]:
+    """Say which verdicts the rule has moved since the study was first judged."""
+    now, before = (Counter(r[key] for r in results) for key in ("verdict", "before"))
+    rows = [f"| {r['claim'].family} | {r['claim'].text} | {r['before']} | {r['verdict']} "
+            f"({r['side']}) |" for r in results if r["before"] != r["verdict"]]
+    words = [", ".join(f"{count[v]} {PLURAL[v]}" for v in PLURAL if v != "not run")
+             for count in (before, now)]
+    return ["## Verdicts that the rule has moved", "",
+            "At first \"holds\" asked for Holm's p alone, while the other verdicts came from the "
+            f"plain 95 % interval of each claim: {words[0]}. With one interval for all three: "
+            f"{words[1]}. {len(rows)} of {len(results)} have moved.", "",
+            "| family | claim | before | now |", "|" + "---|" * 4, *rows, ""]
+
+
+def write_summary(runs: list[dict], results: list[dict], later: dict[str, dict],
+                  sections: list[str], planned: int, rule: str, out: Path) -> None:
     """Write summary.md: what was run, the verdicts by family, the means."""
     commits = sorted({run["environment"]["commit"] for run in runs})
     hours = sum(run["seconds"] for run in runs) / 3600
     machines = sorted({run.get("machine", "?") for run in runs})
     count = Counter(r["verdict"] for r in results)
-    plural = {"holds": "hold", "does not hold": "do not hold",
-              "not decidable here": "are not decidable here", "not run": "not run yet"}
     lines = ["# The paper's findings in miniature", "",
              f"{len(runs)} of {planned} runs, {hours:.1f} hours one after the other; commit "
-             f"{', '.join(commits)}; `{command}`; {'; '.join(machines)}.", "",
+             f"{', '.join(commits)}; `bash run.sh study`; {'; '.join(machines)}.", "",
              f"{len(results)} claims: "
-             f"{', '.join(f'{count[v]} {words}' for v, words in plural.items() if count[v])}.", "",
+             f"{', '.join(f'{count[v]} {words}' for v, words in PLURAL.items() if count[v])}. "
+             f"Of those that hold, {sum(map(beyond, results))} do so by the stricter reading, that "
+             "all of the interval reaches what matters (the last column).", "",
              textwrap.fill(rule, 100), "",
              "![Who finds the rare strategy](story.png)", ""]
     for family in dict.fromkeys(r["claim"].family for r in results):
-        lines += [f"## {family}", "", "| verdict | claim | source | difference of | ± 95 % "
-                  "| pairs | p (Holm) | smallest that matters |", "|" + "---|" * 8]
-        lines += [claim_row(r) for r in results if r["claim"].family == family] + [""]
+        mine = [r for r in results if r["claim"].family == family]
+        lines += [f"## {family}", "", *claims_table(mine), ""]
+    for family, found in later.items():
+        lines += [f"## {family}", "", found["words"], "", *claims_table(found["results"]), ""]
+        if found["pooled"]:
+            lines += ["Exploratory: the same with the pairs of all seeds that exist pooled.", "",
+                      *claims_table(found["pooled"]), ""]
+    lines += moved(results) + sections
     lines += ["## Means over seeds", "", *means_table(runs), ""]
     for name, text in (("shortcut", "Shortcut regime"), ("saturating", "Saturating regime"),
                        ("long", "300 steps"), ("dial", "The dial: bases of different skill"),

@@ -4,9 +4,12 @@
     python study/study.py --quick               three short runs, to see that the machinery works
     python study/study.py --first_seed 100      the same study with other seeds
     python study/study.py --judge               verdicts and pictures of the runs that are there
+    python study/study.py --confirm             the claims that matter again, with fresh seeds
 
-results/ has the study; results/seeds-100 has the beginning of another with fresh seeds (--judge
---out judges it): of the claims that its runs decide, none is decided the other way.
+results/runs.jsonl has the study; results/confirm.jsonl what --confirm has run, judged by itself;
+results/seeds-100 the beginning of another study with fresh seeds (--judge --out judges it).
+power.py calculates what a confirmation can show, readings.py compares our readings of the paper,
+why.py asks what moves entropy, and smollm2.py takes a real language model: all in summary.md.
 
 A run is `a3po.main` with flags, in a process of its own: the demo's size of model, one core, 2 to 8
 minutes. Its numbers become a line of runs.jsonl, and a run with a line is not trained again, so the
@@ -184,10 +187,34 @@ CLAIMS = [
     *(Claim("readings", f"it matters on traps at step 50: {name} in place of ours", READ, MAIN,
             name, "a3po", AT_50, 0.03, "differs") for name in READINGS),
 ]
-LEVEL = 0.05  # of all tests and intervals
-RULE = """Each claim was written down in study.py before the runs. Seeds are paired; the interval is
-Student's t over the pairs, p is adjusted for the claims of a family (Holm). A level that a run does
-not reach counts as reached at its last step. """
+
+# Written down after the study and before the first run with these seeds; the study's own seeds and
+# those of results/seeds-100 are not pooled in. results/power.md says what 30 pairs can show. The
+# runs are made in the order of the seeds, so that a stop leaves complete pairs; a family is judged
+# once, when all of its runs are there.
+CONFIRMED = {  # family: where, methods, seeds
+    "confirmation": (MAIN, ("a3po", "dapo", "random"), range(200, 230)),
+    "cells again": ("saturating", ("dapo", *CELLS), range(200, 210)),
+}
+CONFIRM_CLAIMS = [
+    *(Claim("confirmation", f"A3PO keeps more entropy than {name}", source, MAIN, "a3po", b,
+            ENTROPY, 0.01) for b, name, source in (
+                ("dapo", "DAPO", "paper, claim 5"), ("random", "random tokens", READ))),
+    *(Claim("confirmation", f"on traps A3PO is ahead of {name} at step 100", source, MAIN, "a3po",
+            b, ("eval", "accuracy", 100), 0.03) for b, name, source in (
+                ("dapo", "DAPO", "paper, claim 5"), ("random", "random tokens", READ))),
+    Claim("confirmation", "on traps A3PO ends more accurate than DAPO", "paper, claim 5", MAIN,
+          "a3po", "dapo", END, 0.05),
+    Claim("confirmation", "A3PO solves more traps than DAPO in one of eight tries at step 50",
+          READ, MAIN, "a3po", "dapo", ("eval", "pass@8", 50), 0.03),
+    *(dataclasses.replace(claim, family="cells again") for claim in CLAIMS
+      if claim.family == "cells"),
+]
+LEVEL = 0.05  # of the verdicts of a family together
+RULE = """Each claim was written down in study.py before its runs. Seeds are paired. The intervals
+of a family of m claims are simultaneous, each Student's t over the pairs at the level 1 - .05 / m,
+and all three verdicts come from them. A level that a run does not reach counts as reached at its
+last step. p is Holm's, for comparison. """
 
 
 # ---- one run ------------------------------------------------------------------------------------
@@ -219,7 +246,7 @@ class Run:
                 *REGIMES[regime][1].split(), *METHODS[self.method].split(), f"--seed={self.seed}"]
 
 
-def train_one(run: Run, out: Path) -> None:
+def train_one(run: Run, out: Path, more_flags: tuple = ()) -> None:
     """Train in this process, with the study's evaluation and, for "random", its choice."""
     from make_bases import by_precedence, distinct_of_4
 
@@ -241,16 +268,24 @@ def train_one(run: Run, out: Path) -> None:
             metrics |= dict(plain_accuracy=easy["accuracy"])
         return metrics
 
-    flags = [*run.flags, f"--output_dir={out}"]
+    flags = [*run.flags, *more_flags, f"--output_dir={out}"]
     config = a3po.parse_args(flags)
     due = [s for s in range(config.steps + 1) if a3po.is_due(s, config.eval_every, config.steps)]
     lines = (BASES / "plain.jsonl").read_text().splitlines()
     plain_texts = {json.loads(line)["problem"] for line in lines}
-    a3po.run_eval, choose = held_out, a3po.smallest
+    a3po.run_eval = held_out
     if run.method == "random":
-        a3po.torch.manual_seed(run.seed)
-        a3po.smallest = lambda values, *rest: choose(a3po.torch.rand(values.shape), *rest)
+        choose_at_random(run.seed)
     a3po.main(flags)
+
+
+def choose_at_random(seed: int) -> None:
+    """Let A3PO choose as many tokens as ever, but at random: the control."""
+    import a3po
+
+    a3po.torch.manual_seed(seed)
+    choose = a3po.smallest
+    a3po.smallest = lambda values, *rest: choose(a3po.torch.rand(values.shape), *rest)
 
 
 def machine() -> str:
@@ -279,7 +314,7 @@ def gather(run: Run, out: Path) -> dict:
                 evals=evals, trained=trained)
 
 
-def do(run: Run, work: Path, results: Path) -> str:
+def do(run: Run, work: Path, file: Path, script: str) -> str:
     """Train a run in a process of its own, append its line; return what went wrong, or ""."""
     out, began = work / run.name, time.time()
     shutil.rmtree(out, ignore_errors=True)
@@ -287,35 +322,35 @@ def do(run: Run, work: Path, results: Path) -> str:
     one = "--one=" + json.dumps([run.place, run.method, run.seed, str(out)])  # some begin with -
     env = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     with (work / f"{run.name}.log").open("w") as log:
-        code = subprocess.call([sys.executable, __file__, one], env=env, stdout=log, stderr=log)
+        code = subprocess.call([sys.executable, script, one], env=env, stdout=log, stderr=log)
     if code:
         return f"{run.name} ended with {code}: see {work / run.name}.log"
     record = gather(run, out) | dict(seconds=round(time.time() - began), machine=machine())
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    with (results / "runs.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    with file.open("a") as lines:
+        lines.write(json.dumps(record) + "\n")
     return ""
 
 
-def read_runs(results: Path) -> dict[str, dict]:
-    path = results / "runs.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+def read_runs(file: Path) -> dict[str, dict]:
+    lines = file.read_text().splitlines() if file.exists() else []
     return {record["name"]: record for record in map(json.loads, lines)}
 
 
-def train_all(runs: list[Run], jobs: int, work: Path, results: Path) -> bool:
-    """Train what has no line yet, `jobs` at a time; return whether all went well."""
+def train_all(runs: list[Run], jobs: int, work: Path, file: Path, script: str = __file__) -> bool:
+    """Train what has no line in the file yet, `jobs` at a time, each by `script --one=...`; return
+    whether all went well."""
     import make_bases
 
     if not (BASES / "train.jsonl").exists():
         make_bases.make_problems(BASES)
-    results.mkdir(parents=True, exist_ok=True)
-    done = read_runs(results)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    done = read_runs(file)
     todo = [run for run in runs if run.name not in done]
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them done; logs are in {work}", flush=True)
     failed = 0
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        tasks = [pool.submit(do, run, work, results) for run in todo]
+        tasks = [pool.submit(do, run, work, file, script) for run in todo]
         for task in tqdm(concurrent.futures.as_completed(tasks), "runs", len(runs),
                          initial=len(runs) - len(todo)):
             if wrong := task.result():
@@ -360,17 +395,19 @@ def pairs(claim: Claim, runs: list[dict]) -> np.ndarray:
                      if method == claim.a and (place, claim.b, seed) in values])
 
 
-def measure(differences: np.ndarray, kind: str) -> tuple[float, float, float]:
-    """Return mean, half width of its 95 % interval (Student's t over seeds) and two-sided p: of the
-    t test, or of the exact sign test for "found"."""
+def measure(differences: np.ndarray, kind: str, m: int = 1) -> tuple[float, float, float]:
+    """Return mean, half width of its simultaneous interval among m (Student's t over seeds) and
+    two-sided p: of the t test, or of the exact sign test for "found". Without spread: 0 and 1."""
     n, mean = len(differences), float(differences.mean())
+    if np.ptp(differences) < 1e-12:
+        return mean, 0.0, 1.0
     error = float(differences.std(ddof=1)) / n**0.5
-    half = float(stats.t.ppf(1 - LEVEL / 2, n - 1)) * error
+    half = float(stats.t.ppf(1 - LEVEL / m / 2, n - 1)) * error
     if kind == "found":
         more, fewer = int((differences > 0).sum()), int((differences < 0).sum())
-        p = stats.binomtest(more, more + fewer).pvalue if more + fewer else 1.0
+        p = stats.binomtest(more, more + fewer).pvalue
     else:
-        p = 2 * stats.t.sf(abs(mean) / error, n - 1) if error else float(mean == 0)
+        p = 2 * stats.t.sf(abs(mean) / error, n - 1)
     return mean, half, float(p)
 
 
@@ -383,50 +420,106 @@ def holm(values: list[float]) -> list[float]:
     return adjusted
 
 
-def verdict(claim: Claim, mean: float, half: float, p: float) -> str:
-    """Return "holds", "does not hold" or "not decidable here"; p is adjusted.
+def verdict(claim: Claim, mean: float, half: float, p: float) -> tuple[str, str]:
+    """Return "holds", "does not hold" or "not decidable here", and which side of the interval
+    decides; p is m times that of one claim, below LEVEL where the interval excludes 0.
 
-    It holds if the difference is significant in the claim's direction and at least the effect; it
-    does not if the interval excludes the effect. "same" holds if the interval lies within it, and
-    does not if the difference is significant and at least the effect.
+    A claim holds if the interval lies above 0 and the estimate reaches the effect; it does not if
+    the whole interval lies below the effect; else, and where the differences have no spread, it is
+    not decidable. "same" holds if the interval lies within the effect, and does not if it excludes
+    0 and the estimate reaches the effect; for "found" the exact sign test says what excludes 0.
     """
-    significant, size = p < LEVEL, abs(mean) if claim.kind in ("differs", "same") else mean
-    large, small = significant and size >= claim.effect, size + half < claim.effect
+    return by_interval(claim, mean, half, p) if half else ("not decidable here", "no spread")
+
+
+def by_interval(claim: Claim, mean: float, half: float, p: float) -> tuple[str, str]:
+    two_sided = claim.kind in ("differs", "same")
+    size = abs(mean) if two_sided else mean
+    large, small = p < LEVEL and size >= claim.effect, size + half < claim.effect
+    sides = ("end nearer 0", "both ends") if two_sided else ("lower end", "upper end")
+    side = sides[0] if large else sides[1] if small else "neither end"
     if claim.kind == "same":
         large, small = small, large
-    return "holds" if large else "does not hold" if small else "not decidable here"
+    return "holds" if large else "does not hold" if small else "not decidable here", side
 
 
-def judge(runs: list[dict]) -> list[dict]:
-    """Return for each claim: n, mean, half, p (adjusted in its family) and the verdict."""
+def judge(runs: list[dict], claims: list[Claim] = CLAIMS) -> list[dict]:
+    """Return for each claim: n, mean, half, p (Holm's), verdict and the side that decides; also the
+    verdict "before", by the rule that the study was first judged by: Holm's p for what is
+    significant, a plain interval for what is small, without a look at the spread."""
     results = []
-    for claim in CLAIMS:
-        differences = pairs(claim, runs)
-        mean, half, p = (measure(differences, claim.kind) if len(differences) > 1 else
-                         (float("nan"), float("inf"), 1.0))
-        results.append(dict(claim=claim, n=len(differences), mean=mean, half=half, p=p))
-    for family in {claim.family for claim in CLAIMS}:
+    size = Counter(claim.family for claim in claims)
+    for claim in claims:
+        differences, m = pairs(claim, runs), size[claim.family]
+        r = dict(claim=claim, n=len(differences), mean=float("nan"), half=float("inf"), p=1.0,
+                 verdict="not run", side="")
+        if r["n"] > 1:
+            r["mean"], r["half"], r["p"] = measure(differences, claim.kind, m)
+            r["verdict"], r["side"] = verdict(claim, r["mean"], r["half"], m * r["p"])
+        results.append(r)
+    for family in size:
         mine = [r for r in results if r["claim"].family == family]
         for r, p in zip(mine, holm([r["p"] for r in mine]), strict=True):
-            r["p"] = p
-            r["verdict"] = (verdict(r["claim"], r["mean"], r["half"], p) if r["n"] > 1 else
-                            "not run")
+            r["p"], r["before"] = p, "not run"
+            if r["n"] > 1:
+                plain = measure(pairs(r["claim"], runs), r["claim"].kind)
+                r["before"] = by_interval(r["claim"], *plain[:2], p)[0]
     return results
 
 
-def report(out: Path, planned: int) -> None:
+FRESH = """Fresh seeds (`--confirm`), none of the study's pooled in; what they can show was
+calculated before: [power.md](power.md)."""
+
+
+def judge_later(runs: list[dict], others: list[dict], families: dict, claims: list[Claim],
+                about: str) -> dict[str, dict]:
+    """Judge what was written down for later, a family's claims on its planned runs alone and only
+    when all of them are there. Return for each family: words, how many runs are there; results;
+    pooled, for exploration the results with the pairs of the `others`."""
+    done, later = {record["name"]: record for record in runs}, {}
+    for family, group in families.items():
+        names = [run.name for run in planned([group])]
+        mine = [done[name] for name in names if name in done]
+        whole = len(mine) == len(names)
+        own = [claim for claim in claims if claim.family == family]
+        state = "." if whole else "; judged when all are."
+        later[family] = dict(
+            words=f"{len(mine)} of {len(names)} runs are there{state} {' '.join(about.split())}",
+            results=judge(mine if whole else [], own),
+            pooled=judge(mine + others, own) if whole and others else [])
+    return later
+
+
+def report(out: Path, runs_planned: int) -> None:
     """Judge the runs in out; write summary.md and the pictures there."""
     import pictures
+    import readings
+    import smollm2
+    import why
 
-    runs = list(read_runs(out).values())
+    runs, fresh, hundred, real, explored = (list(read_runs(out / f"{name}.jsonl").values()) for name
+                                            in ("runs", "confirm", "seeds-100/runs", "smollm2",
+                                                "why"))
     if not runs:
         sys.exit(f"error: {out} has no runs yet")
     results = judge(runs)
+    later = judge_later(fresh, runs + hundred, CONFIRMED, CONFIRM_CLAIMS, FRESH)
+    later |= judge_later(real, [], smollm2.PLANNED, smollm2.CLAIMS, smollm2.ABOUT)
     rule = " ".join((RULE + verdict.__doc__.partition("\n\n")[2]).split())
-    pictures.write_summary(runs, results, planned, rule, "bash run.sh study", out)
-    pictures.draw_all(runs, results, MAIN, PLACES, out)
+    sections = readings.section(runs) + why.section(explored, results)
+    pictures.write_summary(runs, results, later, sections, runs_planned, rule, out)
+    pictures.draw_all(runs, results, later["cells again"]["results"], MAIN, PLACES, out)
+    why.draw(explored, results, out / "why.png")
     print(f"{out / 'summary.md'}: " + ", ".join(
         f"{n} {v}" for v, n in Counter(r["verdict"] for r in results).most_common()))
+    for family, found in later.items():
+        print(f"{family}: {found['words']}")
+
+
+def planned(groups: list[tuple], first_seed: int = 0) -> list[Run]:
+    """Return the runs of groups (where, methods, seeds), of each all methods of a seed first."""
+    return [Run(place, method, first_seed + seed) for place, methods, seeds in groups
+            for seed in (range(seeds) if isinstance(seeds, int) else seeds) for method in methods]
 
 
 def main() -> None:
@@ -435,6 +528,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at one time, a core each")
     parser.add_argument("--quick", action="store_true", help="three runs of 20 steps")
     parser.add_argument("--judge", action="store_true", help="train nothing")
+    parser.add_argument("--confirm", action="store_true", help="train the runs of the confirmation")
     parser.add_argument("--first_seed", type=int, default=0, help="of each group (default: 0)")
     parser.add_argument("--out", type=Path, help="default: study/results, runs/study-quick for "
                         "--quick, runs/study-N for --first_seed N")
@@ -446,10 +540,12 @@ def main() -> None:
         return train_one(Run(*run), Path(out))
     out = args.out or (Path("runs/study-quick") if args.quick else HERE / "results" if not
                        args.first_seed else Path(f"runs/study-{args.first_seed}"))
-    runs = [Run(place, method, args.first_seed + seed)
-            for place, methods, seeds in (QUICK if args.quick else GROUPS)
-            for seed in range(seeds) for method in methods]
-    good = args.judge or train_all(runs, args.jobs, args.work, out)
+    runs = planned(QUICK if args.quick else GROUPS, args.first_seed)
+    if args.confirm:
+        todo, file = planned(list(CONFIRMED.values())), out / "confirm.jsonl"
+    else:
+        todo, file = runs, out / "runs.jsonl"
+    good = args.judge or train_all(todo, args.jobs, args.work, file)
     report(out, len(runs))
     sys.exit(0 if good else 1)
 

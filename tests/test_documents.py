@@ -23,6 +23,7 @@ import a3po
 import eval as evaluation
 import rollout
 import verify
+from shelf.ranks import UsageError
 
 RECIPES = sorted((ROOT / "recipes").glob("*.sh"))
 OTHERS = ROOT / "recipes" / "other_trainers.md"
@@ -115,8 +116,8 @@ COMMANDS = [(path, command) for path in [*RECIPES, *READMES] for command in comm
 def test_the_program_accepts_the_command(command, capsys):
     try:
         check(command)
-    except SystemExit:
-        pytest.fail(f"{shlex.join(command)}\n{capsys.readouterr().err.splitlines()[-1]}")
+    except (SystemExit, UsageError) as why:
+        pytest.fail(f"{shlex.join(command)}\n{why} {capsys.readouterr().err}")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
@@ -138,7 +139,7 @@ def test_mistakes_are_found(tmp_path):
                      ("eval.py plot", "eval.py plot --outt x")):
         assert old in right
         (tmp_path / "wrong.sh").write_text(right.replace(old, new))
-        with pytest.raises((SystemExit, AssertionError)):
+        with pytest.raises((SystemExit, AssertionError, UsageError)):
             for command in commands(tmp_path / "wrong.sh"):
                 check(command)
 
@@ -171,7 +172,7 @@ def test_readme_is_one_sitting():
 
 
 ORDER = """ranks sandbox latex answers verify rollout config data metrics report folder model
-checkpoints checks show eval a3po plan""".split()  # from the ground up
+checkpoints checks memory show eval a3po plan""".split()  # from the ground up
 
 
 def imported_by(path: Path) -> set[str]:

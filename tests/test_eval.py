@@ -419,7 +419,7 @@ def test_outputs(whole):
     assert metrics["gpqa"]["prompts_too_long"] == 1
     assert 0.1 < metrics["demo"]["accuracy"] < 0.5 < metrics["demo"]["pass@4"] + 0.1
     assert len(lines(folder / "samples.jsonl")) == 4 * sum(counts.values())
-    assert sorted(p.name for p in folder.iterdir()) == ["results.json", "samples.jsonl"]
+    assert sorted(p.name for p in folder.iterdir()) == [".lock", "results.json", "samples.jsonl"]
     asked = {r["benchmark"] for r in lines(folder / "samples.jsonl") if "problem" in r}
     assert asked == {"aime25", "livecodebench", "demo"}  # GPQA's questions are nowhere
     text = (folder / "samples.jsonl").read_text() + (folder / "results.json").read_text() + console
@@ -448,7 +448,7 @@ def test_killed_on_one_rank_and_finished_by_two(whole, data, tmp_path):
     assert samples(out) == samples(whole[0])
     assert lines(path)[: len(before)] == before
     assert numbers(out) == numbers(whole[0])
-    assert sorted(p.name for p in out.iterdir()) == ["results.json", "samples.jsonl"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "results.json", "samples.jsonl"]
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
@@ -531,7 +531,7 @@ def test_samples_can_be_graded_again_as_they_are(whole):
         (["--tensor_parallel=2"], "does not divide the 1 rank"),
         (["--max_response_length=9999999"], "exceed the context"),
         (["--template=Q"], "{problem}"),
-        (["--out=eval.py"], "--out eval.py: not a folder"),
+        (["--out=eval.py"], "--out eval.py: eval.py cannot be written to (NotADirectoryError"),
     ],
 )
 def test_bad_input_is_one_sentence(flags, says, capsys, monkeypatch):
@@ -566,11 +566,26 @@ def names_of(folder):
         f"eval_{name}" for metrics in results.values() for name in metrics}
 
 
+@pytest.mark.parametrize("command, says", [
+    ("shwo runs/X", "shwo: no such command, did you mean show?"),
+    ("compre a", "did you mean compare?"),
+    ("runs/X", "runs/X: no such command; --help"), ("--n 3", "are required: --model"),
+    ("--model m --sampels 3", "--sampels: no such flag, did you mean --samples?"),
+    ("--model m --temperature=hot", "--temperature: invalid float value: 'hot'"),
+])
+def test_a_wrong_command_or_flag_is_one_sentence(command, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(command.split())
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: ") and says in said
+    assert said.count("\n") == 1
+
+
 def test_the_words_are_those_of_the_metrics_there_are(whole):
     names = TRAINED | names_of(whole[0])
     for name in ("accuracy", "reward", "eval_accuracy"):
         names |= {f"{name}_{kind}" for kind in verify.KINDS}
-    names |= {"reward_errors", "memory_gib"}  # of --reward, of a GPU
+    names |= {"reward_errors", "reward_form", "memory_gib"}  # of --reward, of a GPU
     described = {name: words.describe(name) for name in names}
     assert all(all(entry) for entry in described.values())  # label, unit, meaning
     assert set(map(words.describe, words.METRICS)) == set(described.values())

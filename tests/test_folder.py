@@ -2,6 +2,8 @@
 written; the program where something is missing."""
 
 import dataclasses
+import errno
+import fcntl
 import itertools
 import json
 import math
@@ -15,15 +17,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, make_model, run
 from test_eval import TRAINED, lines, records
 
 import a3po
 import eval as evaluation
 from rollout import Problem, Prompt, Sample, load_tokenizer
+from shelf import checks
 from shelf.checkpoints import Checkpoints
 from shelf.config import Config
-from shelf.folder import RunFolder, all_see
+from shelf.folder import RunFolder, all_see, append_records, claim
 from shelf.ranks import UsageError
 from shelf.show import show_example
 from verify import Grade
@@ -83,10 +86,55 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, parts, capsys, room):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().out
-    assert "checkpoint of step 2 was not written" in said and "It needs 1.53 MB, free are" in said
-    assert "Older ones stay" in said and said.count("\n") == 1
+    assert "checkpoint of step 2 was not written: " in said and "File too large" in said
+    assert "; it takes over 1.53 MB, " in said and "were left: make room. Older ones stay" in said
+    assert said.count("\n") == 1 and "Traceback" not in said
     assert before == {path: path.stat().st_mtime for path in tmp_path.rglob("*")}
     assert kept.resume() == (1, {}) and kept.save(2, {}) == 2
+
+
+def test_what_is_no_lack_of_room_is_not_called_one(tmp_path, parts, capsys, monkeypatch):
+    kept = checkpoints(tmp_path, parts)
+    monkeypatch.setattr(kept.model.generation_config, "temperature", 0.5)
+    assert kept.save(1, {}) == 0
+    said = capsys.readouterr().out
+    assert "GenerationConfig is invalid" in said and "`temperature`" in said and "room" not in said
+
+
+@pytest.mark.parametrize("generation, kept", [
+    (dict(temperature=0.9, top_p=0.6), dict(temperature=0.9, top_p=0.6, do_sample=True)),  # Vicuna
+    (dict(temperature=0.7, do_sample=True), dict(temperature=0.7, do_sample=True)),
+    (dict(eos_token_id=[1, 2], pad_token_id=-1), dict(eos_token_id=[1, 2])),  # LLaMA
+    (dict(early_stopping=True, length_penalty=2.0), {}),
+    (None, dict(temperature=0.7, do_sample=True)),  # in config.json
+])
+def test_a_checkpoint_of_any_generation_config_can_be_written(tmp_path, generation, kept):
+    model = Path(make_model(tmp_path / "model"))
+    (model / "generation_config.json").unlink()
+    if generation is None:
+        about = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(about | dict(temperature=0.7)))
+    else:
+        (model / "generation_config.json").write_text(json.dumps(generation))
+    a3po.main(["--setting=demo", f"--model={model}", "--check"])
+    a3po.load_model(str(model), "grids").save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again/generation_config.json").read_text())
+    assert again.items() >= kept.items() and again.get("pad_token_id") != -1
+    assert again.keys() & {*(generation or {})} == kept.keys() & {*(generation or {})}
+
+
+def test_what_cannot_be_saved_is_refused_before_it_is_trained(tmp_path, tiny_model):
+    tokenizer, config = load_tokenizer(tiny_model, 8, 8)
+    checks.check_saving("m", config, tokenizer)
+    with pytest.raises(UsageError, match="model 'm' cannot be built and saved again .KeyErr"):
+        config.hidden_act = "no"
+        checks.check_saving("m", config, tokenizer)
+
+
+def test_a_checkpoint_in_16_bits_says_so(tmp_path, parts):
+    kept = Checkpoints(tmp_path, *parts, torch.bfloat16, 0)
+    kept.save(1, {})
+    assert json.loads((tmp_path / "step_1/config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_the_newest_are_kept_with_ordinary_modes(tmp_path, parts):
@@ -129,7 +177,7 @@ def test_metrics_that_cannot_be_written_end_the_run(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))
     try:
-        with pytest.raises(UsageError, match="metrics.jsonl cannot be written .*make room.*resume"):
+        with pytest.raises(UsageError, match="metrics.jsonl cannot be written .*large.*: make ro"):
             folder.append("metrics.jsonl", dict(step=0, text="x" * 100))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -139,7 +187,7 @@ def test_a_run_whose_folder_is_lost_ends_with_a_sentence(tmp_path):
     folder = RunFolder(a3po.parse_args(["--setting=demo", f"--output_dir={tmp_path}/run"]))
     folder.open(0)
     shutil.rmtree(tmp_path / "run")
-    with pytest.raises(UsageError, match="metrics.jsonl cannot be written .No such file.*go on"):
+    with pytest.raises(UsageError, match="metrics.jsonl cannot be written .*No such.*: make room"):
         folder.append("metrics.jsonl", dict(step=0))
     assert folder.asked_to_stop() is False
 
@@ -178,7 +226,7 @@ def test_a_run_names_its_folder_and_writes_over_no_other(tmp_path, monkeypatch):
     assert str(error.value) == (f"--output_dir {folder.path} holds a run already: go on with it "
                                 "(--resume auto) or give another folder")
     assert RunFolder(settings(folder.path, resume="auto")).path == folder.path
-    with pytest.raises(UsageError, match="^--output_dir .*config.json: not a folder$"):
+    with pytest.raises(UsageError, match="^--output_dir .*config.json cannot .*Not a dire"):
         RunFolder(settings(folder.path / "config.json", resume="auto"))
 
 
@@ -231,12 +279,30 @@ def test_a_run_folder_and_its_console(tmp_path, capsys, monkeypatch):
     first, *_ = rollouts = lines(folder.path / "rollouts.jsonl")
     assert len(rollouts) == 60 and first == dict(
         step=0, id="p0", problem="What is 0+1?", response="\\boxed{0}", kind="math", answer="1",
-        extracted="1", correct=True, status="ok", reward=0.5, length=3, finish_reason="stop")
+        extracted="1", correct=True, status="ok", detail="", reward=0.5, parts={}, length=3,
+        finish_reason="stop")
     summary = (folder.path / "summary.md").read_text()
     assert "before (step 0)" in summary and "after (step 60)" in summary and summary in out
     assert (folder.path / "curves.png").stat().st_size > 10_000
     assert sorted(path.name for path in folder.path.iterdir()) == [
         "checkpoints", "config.json", "curves.png", "metrics.jsonl", "rollouts.jsonl", "summary.md"]
+
+
+def test_a_reward_function_that_fails_now_and_then_is_said_once(tmp_path, capsys):
+    folder = RunFolder(settings(tmp_path))
+    folder.open(0)
+    for step in range(3):
+        groups = made_groups()
+        if step:
+            groups[1][1].grade = Grade(None, None, "error", f"ValueError: bad {step}", math.nan)
+        folder.log_rollouts(step, groups)
+    said = capsys.readouterr().out
+    assert said.count("NOTE") == 1
+    assert "NOTE: --reward failed for 1 responses (ValueError: bad 1): their reward is" in said
+    found = [(x["step"], x["response"], x["detail"]) for x in lines(tmp_path / "rollouts.jsonl")]
+    right, failed = "\\boxed{0}", "ValueError: bad"
+    assert found == [(0, right, ""), (1, right, ""), (1, "other", f"{failed} 1"),
+                     (2, right, ""), (2, "other", f"{failed} 2")]
 
 
 def test_what_cannot_be_resumed_is_kept(tmp_path, capsys):
@@ -251,6 +317,88 @@ def test_what_cannot_be_resumed_is_kept(tmp_path, capsys):
     assert "lost-1" in capsys.readouterr().out
     RunFolder(again).open(0)
     assert len(lines(tmp_path / "run/lost-2/metrics.jsonl")) == 2
+
+
+HOLD = """
+import sys
+sys.path.insert(0, {root!r})
+from shelf.folder import claim
+from shelf.ranks import UsageError
+try:
+    claim("--out", __import__("pathlib").Path({folder!r}))
+except UsageError as why:
+    print(why)
+print("holds", flush=True)
+input()
+"""
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path, monkeypatch):
+    def other() -> subprocess.Popen:
+        code = HOLD.format(root=str(ROOT), folder=str(tmp_path / "run"))
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen([sys.executable, "-c", code], **pipes)
+
+    with other() as first, other() as second:
+        said = sorted(process.stdout.readline() for process in (first, second))
+        assert said == [f"--out {tmp_path}/run: another run is writing there: wait until it ends, "
+                        "or give another folder\n", "holds\n"]
+        with pytest.raises(UsageError, match="^--output_dir .*another run is writing there"):
+            claim("--output_dir", tmp_path / "run")
+        first.kill()  # a lock ends with its process, however that ends
+        second.kill()
+    for _ in range(2):  # the process itself may go on with its own
+        assert claim("--output_dir", tmp_path / "run") == tmp_path / "run"
+
+
+def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert claim("--output_dir", tmp_path / "run") == tmp_path / "run"
+    append_records(tmp_path / "run/x.jsonl", [dict(step=np.int64(1))])
+    assert lines(tmp_path / "run/x.jsonl") == [dict(step=1)]
+
+
+def test_two_runs_into_one_folder_and_two_evaluations(tmp_path, monkeypatch, capsys):
+    """The second is refused before anything in the folder changes."""
+    monkeypatch.setattr(a3po, "build", lambda *_: pytest.fail("work started"))
+    monkeypatch.setattr(a3po.ranks, "init_distributed", lambda: "cpu")
+    monkeypatch.setattr(a3po, "load_inputs", lambda _: [None] * 4)
+    monkeypatch.setattr(evaluation, "init_distributed", lambda: "cpu")
+    first = RunFolder(settings(tmp_path))
+    with (tmp_path / ".lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        first.open(0)
+        log(first, range(2))
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        for main, flags in (
+            (a3po.main, ["--setting=demo", f"--output_dir={tmp_path}", "--resume=auto",
+                         "--resume_changed"]),
+            (evaluation.main, ["--model=demo/model", "--limit=1", f"--out={tmp_path}"]),
+        ):
+            with pytest.raises(SystemExit) as stop:
+                main(flags)
+            said = capsys.readouterr().err
+            assert stop.value.code == 2 and "another run is writing there" in said
+            assert said.startswith("error: --out") and said.count("\n") == 1
+        assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_what_does_not_fit_on_the_disk_is_one_sentence(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = RunFolder(settings(tmp_path))
+    folder.open(0)
+    add_checkpoint(folder, 60)
+    monkeypatch.setattr("shelf.folder.draw_runs", full)
+    with pytest.raises(UsageError, match="curves.png cannot be written .*No space left.*make room"):
+        folder.finish()
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UsageError, match="config.json cannot be written .*No space left.*make ro"):
+        folder.open(0)
 
 
 def test_changed_flags_are_said_and_refused(tmp_path, capsys):
@@ -296,7 +444,7 @@ def test_a_file_stops_a_run_and_an_interrupt_says_how_to_go_on(tmp_path, capsys)
     assert "no checkpoint yet" in folder.where()
     log(folder, range(3))
     add_checkpoint(folder, 2)
-    assert folder.where() == (f"interrupted at step 2; checkpoint at step 2; go on with --resume "
+    assert folder.where() == (f"stopped at step 2; checkpoint at step 2; go on with --resume "
                               f"auto --output_dir {folder.path}")
 
 
@@ -351,10 +499,10 @@ def test_a_kill_while_a_run_is_reopened_loses_nothing(tmp_path, monkeypatch):
 def test_other_ranks_take_rank_0s_folder_and_write_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("shelf.folder.gather", lambda paths: [Path("runs/of-rank-0"), *paths])
+    monkeypatch.setattr("shelf.folder.on_rank_0", lambda make: Path("runs/of-rank-0"))
     monkeypatch.setattr("shelf.folder.all_see", lambda path: None)
     folder = RunFolder(settings(""))
-    folder.agree()
+    folder.path = claim("--output_dir", folder.path)
     assert folder.checkpoints == Path("runs/of-rank-0/checkpoints")
     folder.open(0)
     log(folder, range(3), [0])

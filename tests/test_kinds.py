@@ -233,7 +233,7 @@ def test_programs_need_a_sandbox_that_holds(tmp_path, monkeypatch, capsys):
             a3po.load_inputs(dataclasses.replace(config, **{where: data}))
         a3po.load_inputs(dataclasses.replace(config, **{where: data}, unsafe_code=True))
     # a reward function judges, which runs what it likes
-    a3po.load_inputs(dataclasses.replace(config, data=data, reward="builtins:len"))
+    a3po.load_inputs(dataclasses.replace(config, data=data, reward="operator:eq"))
     monkeypatch.setattr(evaluation, "init_distributed", lambda: "cpu")
     monkeypatch.setattr(rollout, "Engine", lambda *_, **__: pytest.fail("an engine was started"))
     with pytest.raises(SystemExit):
@@ -283,6 +283,33 @@ def test_accuracy_and_reward_by_kind_where_there_are_several():
     for one in sum(groups, []):
         one.grade = Grade(None, None, reward=one.reward)  # of a reward function without a verdict
     assert described(groups)["accuracy_math"] is None
+    groups[0][0].grade = Grade(True, None, reward=1.0)
+    some = described(groups)
+    assert (some["accuracy_math"], some["accuracy_code"], some["accuracy"]) == (0.5, None, 0.25)
+
+
+def test_parts_of_a_reward_are_metrics():
+    groups = [[sample("math", True), sample("math", False)], [sample("math", True)] * 2]
+    for one, parts in zip(groups[0], (dict(form=1.0, right=0.5), dict(form=0.5)), strict=True):
+        one.grade = Grade(True, None, reward=1.0, parts=parts)
+    found = described(groups)  # of those that have it
+    assert (found["reward_form"], found["reward_right"]) == (0.75, 0.5)
+    for name in ("reward_form", "reward_KIND_of"):
+        assert describe(name)[0] == "part of the reward"
+    assert describe("reward_errors")[0] == "reward errors"
+    assert describe("reward_math")[0] == "reward by kind"
+
+
+def test_what_nobody_judged_is_null():
+    """A failure of the reward function is no verdict."""
+    group = [sample("math", True), sample("math", False)]
+    group[0].grade = Grade(None, None, reward=1.0)
+    group[1].grade = Grade(None, None, "error", "ValueError: no", float("nan"))
+    found = described([group])
+    for name in ("accuracy", "dead_all_correct", "response_length_positive",
+                 "response_length_negative"):
+        assert found[name] is None, name
+    assert found["reward_errors"] == 1 and found["response_length"] == 2
 
 
 class Echo:

@@ -62,6 +62,16 @@ def test_what_would_train_wrongly_is_refused(family, what, tmp_path):
         checks.check_model("m", config)
 
 
+def test_heads_that_vllm_has_not_on_a_cpu_are_refused(tiny_model, monkeypatch):
+    config = AutoConfig.from_pretrained(tiny_model)
+    for config.head_dim in (16, 48):
+        monkeypatch.setattr(checks, "GPU", False)
+        with pytest.raises(UsageError, match=f"has heads of {config.head_dim} numbers, unknown"):
+            checks.check_model("m", config)
+        monkeypatch.setattr(checks, "GPU", True)
+        checks.check_model("m", config)
+
+
 @pytest.mark.slow
 def test_a_family_that_was_never_tried_is_found_out(tmp_path):
     """OPT: dropout that the model applies by itself, and other positions than vLLM's."""

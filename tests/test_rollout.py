@@ -7,6 +7,7 @@ from concurrent.futures import Future
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, make_model, run
 
 import rollout
@@ -243,26 +244,46 @@ def test_reward_functions_are_judges(tmp_path, monkeypatch):
             rollout.judge_by_function(name)
 
 
+@pytest.mark.parametrize("result, correct, parts", [
+    (0.5, None, {}), (True, None, {}), (np.float32(2), None, {}), ((1,), None, {}),
+    ((1.0, 1.0), True, {}), ((1.0, 0), False, {}), ((1, np.bool_(True)), True, {}),
+    ((1, torch.tensor(False)), False, {}), ((1, None), None, {}), ((1, True, None), True, {}),
+    ((1, True, dict(form=0.25, right=True)), True, dict(form=0.25, right=1.0)),
+    ((torch.tensor(0.5), None, dict(reward_=1)), None, dict(reward_=1.0)),
+])
+def test_what_a_reward_function_may_return(result, correct, parts):
+    grade = rollout.to_grade(result)
+    assert grade.correct is correct and grade.parts == parts and type(grade.reward) is float
+
+
 def test_reward_functions_that_fail_are_counted_and_lowest(tmp_path, monkeypatch):
     (tmp_path / "bad_rewards.py").write_text(
         "import time\n"
         "ANSWERS = dict(nan=float('nan'), inf=float('inf'), none=None, text='0.5', fine=-2.0)\n"
+        "ANSWERS |= dict(huge=1e39, flag=(1.0, 'yes'), many=(1, True, {}, 2), empty=())\n"
+        "ANSWERS |= dict(part=(1, True, dict(a=None)), list=(1, True, [2.0]), name=(1, None, "
+        "dict(math=1)), whole=10**400)\n"
         "def judge(response, problem):\n"
-        "    if response == 'raise': raise RuntimeError('no')\n"
+        "    if response == 'raise': raise RuntimeError('no ' * 200)\n"
+        "    if response == 'exit': raise SystemExit('bye')\n"
         "    if response == 'hang': time.sleep(60)\n"
         "    return ANSWERS[response]\n"
         "def by_number(response, problem):\n    return [float('nan'), -2.0, 3.0][int(response)]\n"
     )
     monkeypatch.chdir(tmp_path)
     judge = rollout.judge_by_function("bad_rewards:judge", timeout=0.5)
-    texts = ["nan", "inf", "none", "text", "raise", "hang", "fine"]
+    texts = ["nan", "inf", "none", "text", "raise", "hang", "fine", "huge", "flag", "many", "empty",
+             "part", "list", "name", "whole", "exit"]
     started = time.monotonic()
     futures = [judge(rollout.Problem("1", "?", "2"), text) for text in texts]
     grades = dict(zip(texts, (future.result() for future in futures), strict=True))
     assert time.monotonic() - started < 5
     assert grades.pop("fine") == Grade(None, None, reward=-2.0)
-    assert all(np.isnan(grade.reward) and grade.correct is False for grade in grades.values())
+    assert all(np.isnan(grade.reward) and grade.correct is None for grade in grades.values())
     assert grades.pop("hang").status == "timeout"
+    assert grades["exit"].detail == "SystemExit: bye"
+    assert grades["raise"].detail.endswith(" no ...") and len(grades["raise"].detail) <= 300
+    assert grades["flag"].detail.startswith("ValueError: correct is 'yes', not True or False")
     assert all(grade.status == "error" and grade.detail for grade in grades.values())
     engine = Script(SlowJudge())  # its texts are 0, 1, 2
     prompts = [rollout.Prompt(rollout.Problem("1", "?", ""), [0])]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,10 +13,12 @@ import torch
 from conftest import ROOT, kill, run, start, wait_for
 
 import a3po
+import eval as evaluation
 import verify
 from rollout import Engine, Problem, Prompt, PromptSampler, Sample, is_live
 from shelf import checks, memory
 from shelf.config import PRESETS, SETTINGS
+from shelf.data import read_rows
 from shelf.metrics import describe, rollout_metrics, token_metrics
 from shelf.ranks import UsageError
 
@@ -164,6 +167,20 @@ def test_presets_are_sets_of_fields():
     assert a3po.parse_args(["--setting=paper"]).prompts_per_step == 512
 
 
+def test_training_data_may_be_several_files_too(tmp_path):
+    a, b, odd = (tmp_path / f"{name}.jsonl" for name in ("a", "b", "c,d"))
+    for path in (a, b, odd):
+        path.write_text(f'{{"problem": "Compute {path.stem}.", "answer": "1"}}\n')
+    for data, stems in ((f"{a}, {b}", "ab"), (f"{b},", "b"), (str(odd), ["c,d"])):
+        config = a3po.parse_args(["--setting=demo", f"--data={data}", "--eval_data="])
+        read = [prompt.problem.text for prompt in a3po.load_inputs(config)[1].prompts]
+        assert read == [f"Compute {stem}." for stem in stems]
+    args = evaluation.parse_args(["--model=m", f"--data={a},{b}"])
+    assert [*evaluation.check_args(args)] == ["a", "b"]
+    with pytest.raises(UsageError, match="data '/no/b.jsonl': expected an existing"):
+        list(read_rows(f"{a},/no/b.jsonl"))
+
+
 def test_held_out_files_may_have_spaces_around_and_in_their_names(tmp_path):
     names = "a b.jsonl", "c.jsonl"
     for name in names:
@@ -239,10 +256,23 @@ def test_a_reward_function_with_partial_credit(tmp_path):
     assert all(line["entropy_positive"] > 0 and line["entropy_negative"] > 0 for line in steps)
 
 
+TASTES = """
+def none(response, problem): pass
+def one(response): return 1
+def ends(response, problem): raise SystemExit(3)
+"""
+
+
 @pytest.mark.parametrize(
     "flags, says",
     [
         (["--reward=nowhere:f"], "expected module:function"),
+        (["--reward=taste:none"], "--reward taste:none failed for an empty response: TypeError: "
+         "must be real number, not NoneType; return a number, (number, correct) or (number, corr"),
+        (["--reward=taste:one"], "TypeError: one() takes 1 positional argument but 2 were given"),
+        (["--reward=taste:ends"], "failed for an empty response: SystemExit: 3; return"),
+        (["--reward=broken:f"], "does not load (SyntaxError: invalid syntax (broken.py, line 1))"),
+        (["--reward=ends:f"], "'ends:f' does not load (SystemExit: 1): expected module:function"),
         (["--model=/no/such/model"], "neither a save_pretrained folder nor a hub model"),
         (["--data=/no/such/file.jsonl"], "expected an existing .jsonl or .parquet file"),
         (["--group_size=1"], "--group_size 1: give a value in [2, inf)"),
@@ -267,6 +297,10 @@ def test_a_reward_function_with_partial_credit(tmp_path):
 )
 def test_bad_input_is_one_sentence(flags, says, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(a3po, "build", lambda *_: pytest.fail("work started"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    (tmp_path / "taste.py").write_text(TASTES)
+    (tmp_path / "broken.py").write_text("def")
+    (tmp_path / "ends.py").write_text("raise SystemExit(1)")
     with pytest.raises(SystemExit) as stop:
         a3po.main(["--setting=demo", f"--output_dir={tmp_path / 'out'}", *flags])
     error = capsys.readouterr().err
@@ -296,7 +330,7 @@ def test_faults_of_vllm_are_sentences():
             raise KeyError("lm_head.weight")
 
     engine, prompt = Dying(), Prompt(None, [1, 2])
-    with pytest.raises(UsageError, match=r"failed while sampling \(RuntimeError: CUDA out of mem.*"
+    with pytest.raises(UsageError, match=r"failed while sampling \(RuntimeError: .*out of memory.*"
                                          "lower --max_num_seqs"):
         next(Engine.generate(engine, [prompt], 1, [0], max_tokens=3))
     with pytest.raises(UsageError, match="failed to take the new weights .KeyError: 'lm_head"):
@@ -324,7 +358,7 @@ def test_an_error_in_the_middle_says_where_the_run_stands(tmp_path, capsys, monk
     with pytest.raises(SystemExit):
         a3po.main(["--setting=demo", f"--output_dir={tmp_path / 'run'}"])
     said = capsys.readouterr().err
-    assert "error: vLLM failed\ninterrupted at step 7; checkpoint at step 5; go on with " in said
+    assert "error: vLLM failed\nstopped at step 7; checkpoint at step 5; go on with " in said
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -497,13 +531,46 @@ def test_every_number_has_a_range_that_holds_the_presets():
 
 
 def test_unknown_flags_and_indivisible_batches_are_refused(tmp_path, capsys, monkeypatch):
-    with pytest.raises(SystemExit):
-        a3po.main(["--learning_rate=1"])
-    assert "unrecognized arguments" in capsys.readouterr().err
+    for flags, says in (
+        (["--learning_rate=1"], "--learning_rate=1: no such flag, did you mean --lr?"),
+        (["--temprature", "1"], "--temprature: no such flag, did you mean --temperature?"),
+        (["--max-prompt-length=9"], "no such flag, did you mean --max_prompt_length?"),
+        (["--zzz"], "--zzz: no such flag; --help has"), (["--lr=x"], "--lr: invalid float value"),
+        (["--preset=no"], "argument --preset: invalid choice"), (["--lr"], "expected one argument"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            a3po.main(flags)
+        said = capsys.readouterr()
+        assert stop.value.code == 2 and said.err.startswith("error: ") and says in said.err
+        assert said.err.count("\n") == 1 and not said.out
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(SystemExit):
         a3po.main(["--setting=demo"])
     assert "--prompts_per_step 32 is not divisible by the 3 ranks" in capsys.readouterr().err
+
+
+def test_a_runs_own_configuration_is_where_another_starts(tmp_path, capsys):
+    own = ["--setting=demo", "--preset=dapo", "--lr=0.5", "--no-norm_std",
+           "--template=Q: {problem}\nA:"]
+    about = vars(a3po.parse_args([*own, "--output_dir=x", "--resume=auto"]))
+    (tmp_path / "config.json").write_text(json.dumps(about | dict(environment={})))
+    def read(*flags, file="config.json"):
+        return a3po.parse_args(a3po.with_config([f"--config={tmp_path / file}", *flags]))
+
+    again = vars(read("--seed=7"))
+    differ = {name for name in about if again[name] != about[name]}
+    assert differ == {"seed", "config", "output_dir", "resume"} and again["seed"] == 7
+    assert (read("--lr=2", "--norm_std").lr, read("--norm_std").norm_std) == (2.0, True)
+    other = read("--preset=grpo")  # its fields are the preset's, what the run changed stays
+    assert (other.preset, other.clip_high, other.lr, other.steps) == ("grpo", 0.2, 0.5, 100)
+    (tmp_path / "part.json").write_text(json.dumps(dict(clip_high=0.3, dynamic_sampling=True)))
+    part = read("--preset=grpo", file="part.json")
+    assert (part.clip_high, part.dynamic_sampling, part.kl_coef) == (0.3, True, 0.001)
+    (tmp_path / "wrong.json").write_text('{"learning_rate": 1}')
+    for file, says in (("wrong.json", "did you mean --lr"), ("none.json", "damaged or unreadable")):
+        with pytest.raises(SystemExit):
+            a3po.main([f"--config={tmp_path / file}"])
+        assert says in capsys.readouterr().err
 
 
 def test_a_finished_run_is_not_overwritten(whole_run, capsys):

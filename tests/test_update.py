@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import a3po
 import model as policy_model
 from rollout import empty_sample
-from shelf import ranks
+from shelf import memory, ranks
 from shelf.metrics import token_metrics
 
 
@@ -275,7 +275,7 @@ def test_adam_with_its_states_from_the_start_takes_the_same_steps():
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Linear(7, 5), torch.nn.Linear(7, 5))
     theirs.load_state_dict(ours.state_dict())
-    optimizer = policy_model.adam(ours, 1e-2, 0.95, 0.1, "cuda")
+    optimizer = memory.adam(ours, 1e-2, 0.95, 0.1, "cuda")
     assert len(optimizer.state) == 2
     lazy = torch.optim.AdamW(theirs.parameters(), 1e-2, (0.9, 0.95), weight_decay=0.1, fused=True)
     for _ in range(3):
