@@ -37,7 +37,8 @@ def check_model(name: str, config) -> None:
         (window < config.max_position_embeddings, "attention with a window"),
         (any(getattr(config, key, None) not in (None, 1.0) for key in scales), "rescaled logits"),
         (any(getattr(config, key, None) for key in experts), "a mixture of experts"),
-        (not torch.cuda.is_available() and head not in CPU_HEADS, f"heads of {head} numbers, unknown to vLLM on a CPU"),
+        (not torch.cuda.is_available() and head not in CPU_HEADS,
+         f"heads of {head} numbers, unknown to vLLM on a CPU"),
     ):
         if wrong:
             raise UsageError(f"model {name!r} ({config.model_type}) has {what}, which cannot be "

@@ -63,8 +63,7 @@ class Config:
     dynamic_sampling: bool = batch(True, "drop all-correct and all-wrong groups, refill [DAPO]")
     max_refills: int = batch(3, "a step draws at most 1 + N times its prompts, in 1 + N rounds")
 
-    template: str = rollouts("auto", "auto (chat if the tokenizer has one), chat, plain, or a text "
-                             "with {problem}")
+    template: str = rollouts("auto", "auto (chat if there is one), chat, plain, text of {problem}")
     max_prompt_length: int = rollouts(1024, "tokens; longer prompts are dropped [C]", low=1)
     max_response_length: int = rollouts(8192, "tokens [C]", low=1)
     temperature: float = rollouts(1.0, "of sampling, and of the trainer's log-probs [C]", above=0)

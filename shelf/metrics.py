@@ -132,8 +132,7 @@ METRICS = {  # name in metrics.jsonl: "label, unit: what it is; what is healthy"
     "updates": "updates, optimiser steps: a mini-batch without a gradient makes none",
     "skipped_updates": "skipped, optimiser steps: their gradient was not finite; should be 0",
     "memory_gib": "memory, GiB: most that rank 0's trainer had on its GPU since the last update",
-    "preemptions": "preempted, sequences: on rank 0's engine, computed again for want of room; if "
-                   "many raise --gpu_memory",
+    "preemptions": "preempted, sequences: computed again by rank 0's engine, for want of room",
     "rho_positive": "rho, factor: on correct responses' chosen tokens; at 1 the shaping is over",
     "rho_negative": "incorrect rho, factor: on incorrect responses' chosen tokens",
     "lr": "learning rate, per update: of the step, with its warm-up",

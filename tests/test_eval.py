@@ -585,7 +585,7 @@ def test_the_words_are_those_of_the_metrics_there_are(whole):
     names = TRAINED | names_of(whole[0])
     for name in ("accuracy", "reward", "eval_accuracy"):
         names |= {f"{name}_{kind}" for kind in verify.KINDS}
-    names |= {"reward_errors", "reward_form", "memory_gib"}  # of --reward, of a GPU
+    names |= {"reward_errors", "reward_form", "memory_gib", "preemptions"}  # of --reward, of a GPU
     described = {name: words.describe(name) for name in names}
     assert all(all(entry) for entry in described.values())  # label, unit, meaning
     assert set(map(words.describe, words.METRICS)) == set(described.values())

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from conftest import ROOT, run
 from model_worker import FAMILIES, make
 from transformers import AutoConfig
@@ -65,10 +66,10 @@ def test_what_would_train_wrongly_is_refused(family, what, tmp_path):
 def test_heads_that_vllm_has_not_on_a_cpu_are_refused(tiny_model, monkeypatch):
     config = AutoConfig.from_pretrained(tiny_model)
     for config.head_dim in (16, 48):
-        monkeypatch.setattr(checks, "GPU", False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(UsageError, match=f"has heads of {config.head_dim} numbers, unknown"):
             checks.check_model("m", config)
-        monkeypatch.setattr(checks, "GPU", True)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         checks.check_model("m", config)
 
 
