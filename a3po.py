@@ -647,7 +647,6 @@ def train(config: Config, run: RunFolder) -> None:
                     leave=False, disable=None if rank() == 0 else True)
     with Graders(timeout=config.grade_timeout) as graders, progress:
         rules = rollout.judge_by_rules(graders)
-        judge = judge or rules
         for step in progress:
             if held_out and is_due(step, config.eval_every, config.steps):
                 run.log_eval(step, run_eval(engine, tokenizer, rules, held_out, config))
@@ -655,7 +654,7 @@ def train(config: Config, run: RunFolder) -> None:
                 break
             seconds: dict[str, float] = {}
             # Sample: group_size graded responses to each prompt, and from their rewards A
-            groups, drawn = sample_groups(engine, tokenizer, judge, sampler, config, seconds)
+            groups, drawn = sample_groups(engine, tokenizer, judge or rules, sampler, config, seconds)
             set_advantages(groups, config)
             engine.sleep()
             if step == start:
