@@ -647,6 +647,7 @@ def train(config: Config, run: RunFolder) -> None:
                     leave=False, disable=None if rank() == 0 else True)
     with Graders(timeout=config.grade_timeout) as graders, progress:
         rules = rollout.judge_by_rules(graders)
+        judge = judge or rules
         for step in progress:
             if held_out and is_due(step, config.eval_every, config.steps):
                 run.log_eval(step, run_eval(engine, tokenizer, rules, held_out, config))
@@ -654,7 +655,7 @@ def train(config: Config, run: RunFolder) -> None:
                 break
             seconds: dict[str, float] = {}
             # Sample: group_size graded responses to each prompt, and from their rewards A
-            groups, drawn = sample_groups(engine, tokenizer, judge or rules, sampler, config, seconds)
+            groups, drawn = sample_groups(engine, tokenizer, judge, sampler, config, seconds)
             set_advantages(groups, config)
             engine.sleep()
             if step == start:
@@ -673,9 +674,8 @@ def train(config: Config, run: RunFolder) -> None:
             with timed(seconds, "sync"):
                 engine.sync(full_weights(model, precision))
             sampled = rollout_metrics(drawn, rewards_of(drawn, config), config.prompts_per_step)
-            metrics = dict(step=step) | sampled | token_metrics(mini_batches) | diagnostics
-            metrics |= dict(preemptions=memory.preemptions(engine), lr=lr)
-            run.log_step(metrics | seconds | rho)
+            metrics = dict(step=step, lr=lr) | sampled | token_metrics(mini_batches) | diagnostics
+            run.log_step(metrics | seconds | rho | dict(preemptions=memory.preemptions(engine)))
             run.log_rollouts(step, drawn)
             run.log_tokens(step, groups, mini_batches, tokenizer)
             checks.check_agreement(metrics, precision)
