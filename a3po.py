@@ -545,6 +545,7 @@ def set_advantages(groups: list[list[Sample]], config: Config) -> None:
 def load_inputs(config: Config):
     """Return tokenizer, prompt sampler, held-out prompts and the judge that --reward names, or
     ""; bad input is refused here. Rank 0 alone reads the data."""
+    checks.check_machine(config.setting == "paper")
     tokenizer, model_config = rollout.load_tokenizer(
         config.model, config.max_prompt_length, config.max_response_length, config.template)
     checks.check_model(config.model, model_config)
@@ -730,9 +731,11 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         if rank() == 0:
             print(run.where() if run else "interrupted", file=sys.stderr)
-        ranks.leave(130)
+        sys.exit(130)
+    except Exception as error:
+        error.add_note(run.where() if run else "nothing was written")
+        raise
 
 
 if __name__ == "__main__":
-    main()
-    ranks.leave()
+    ranks.launch(main)

@@ -41,7 +41,7 @@ from shelf.config import suggestion
 from shelf.data import load_problems, name_apart, read_rows
 from shelf.folder import append_records, claim, environment, folder_path, keep_records, replace_file
 from shelf.metrics import glossary
-from shelf.ranks import UsageError, explain, gather, init_distributed, leave, rank, say, world_size
+from shelf.ranks import UsageError, explain, gather, init_distributed, launch, rank, say, world_size
 from shelf.report import KEPT, compare, draw_runs, results_table
 from verify import Graders
 
@@ -388,6 +388,9 @@ def check_args(args: argparse.Namespace) -> dict[str, Benchmark]:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate every benchmark on one engine; print the tables, write --out."""
+    from shelf.checks import check_machine  # with torch
+
+    check_machine(False)
     benches = check_args(args)
     tokenizer, config = rollout.load_tokenizer(
         args.model, 0, args.max_response_length, args.template)
@@ -469,5 +472,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
-    leave()
+    launch(main)

@@ -7,8 +7,10 @@ import importlib
 import logging
 import math
 import os
+import re
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -237,9 +239,13 @@ def stop_token_ids(tokenizer, model: str, template: str = "auto") -> list[int]:
 
 
 def of_vllm(doing: str):
-    """Turn whatever vLLM raises in the block into a UsageError."""
-    return explain(f"vLLM failed {doing}",
-                   "if it lacks memory, lower --max_num_seqs or --gpu_memory")
+    """Turn whatever vLLM raises in the block into a UsageError, after its traceback."""
+    def advice(why: BaseException) -> str:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            traceback.print_exception(why)
+        lacking = re.search("(?<!illegal )(?<!shared )memory", str(why), re.IGNORECASE)
+        return "lower --max_num_seqs or change --gpu_memory" if lacking else "see its traceback"
+    return explain(f"vLLM failed {doing}", advice)
 
 
 class Engine:

@@ -1,8 +1,12 @@
-"""What the program checks about itself: that a model is one that can be trained here, that vLLM
-survives a sleep, and that vLLM and the trainer stay the same model.
+"""What the program checks about itself: that torch sees the GPUs, that a model is one that can be
+trained here, that vLLM survives a sleep, and that vLLM and the trainer stay the same model.
 """
 
+import os
+import shutil
+import sysconfig
 import tempfile
+from glob import glob
 
 import torch
 from torch import nn
@@ -22,6 +26,25 @@ SAME_ANSWER = 0.05  # nats; 16 bits and another batch move a log-prob by less
 SAME_POLICY = 1e-3  # |ratio - 1| without an update in between; usual is 0
 # Of a step's mean |log p in vLLM - log p in the trainer|, nats, by the 16 bits; None: float32
 SAME_MODEL = {None: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
+
+
+def check_machine(wants_gpu: bool) -> None:
+    """Refuse a machine whose NVIDIA GPUs torch cannot see, unless that is meant and none is wanted;
+    and one where Triton, which compiles kernels as it meets them, could not."""
+    hidden, cuda = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.version.cuda
+    compiler = os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
+    header = os.path.join(sysconfig.get_path("include"), "Python.h")
+    if torch.cuda.is_available():
+        if not compiler or not os.path.exists(header):
+            missing = f"{header}: install python3-dev" if compiler else "C compiler: install gcc"
+            raise UsageError(f"a GPU's kernels are compiled here, and there is no {missing}")
+    elif glob("/dev/nvidia[0-9]*") or os.path.exists("/usr/lib/wsl/lib/nvidia-smi"):
+        why = (f"CUDA_VISIBLE_DEVICES={hidden!r} hides them, unset it" if hidden in ("", "-1") else
+               "" if cuda else "this is its CPU build, remove .venv and run bash run.sh install")
+        if wants_gpu or not why:
+            raise UsageError("torch sees none of this machine's NVIDIA GPUs: " + (why or (
+                f"the driver, see nvidia-smi, may be too old for CUDA {cuda} (13 needs 580), or "
+                f"CUDA_VISIBLE_DEVICES={hidden} name none")))
 
 
 def check_model(name: str, config) -> None:

@@ -5,9 +5,11 @@ them; and the one exception that is for the user. All import this, so torch and 
 import atexit
 import contextlib
 import os
+import signal
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -25,13 +27,15 @@ def brief(error: BaseException) -> str:  # cut at a word
 
 
 @contextlib.contextmanager
-def explain(what: str, cure: str, kinds: Any = (Exception, SystemExit)):
-    """Turn what a library raises in the block into a UsageError: what went wrong (why): a cure."""
+def explain(what: str, cure: str | Callable, kinds: Any = (Exception, SystemExit)):
+    """Turn what a library raises in the block into a UsageError: what went wrong (why): a cure, or
+    what `cure` says of the error."""
     try:
         yield
     except UsageError:
         raise
     except kinds as why:
+        cure = cure(why) if callable(cure) else cure
         raise UsageError(f"{what} ({brief(why)}): {cure}") from why
 
 
@@ -53,6 +57,22 @@ def init_distributed() -> str:
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
     return device
+
+
+def launch(main: Callable[[], None]) -> NoReturn:
+    """Run a program's main and leave with its status; after an error that it does not handle, with
+    the traceback, at once, for the other ranks wait for this one."""
+    status = 0
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        status = 1
+        traceback.print_exc()
+    if status:
+        signal.alarm(30)  # ends the process where an exit handler waits for a rank that is gone
+    leave(status)
 
 
 def leave(status: int = 0) -> NoReturn:

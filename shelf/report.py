@@ -108,19 +108,25 @@ def before_after(path: Path) -> list[list[str]]:
 SPEEDS = dict(flops=990e12, update=0.4, score=0.4, generate=0.08)  # an H100's, and shares of it
 
 
+def step_costs(x: dict, ranks: int, mean: int) -> dict[str, tuple[float, float]]:
+    """Return the FLOPs of each part of a step, and the seconds they take at the SPEEDS."""
+    c = x["config"]
+    step = c.prompts_per_step * c.group_size * mean
+    update = x["update_flops"] / x["tokens"] * step
+    score = update / (3 + bool(c.recompute) / max(c.recompute, 1))
+    flops = dict(generate=2 * x["parameters"] * step, update=update, score=score)
+    return {name: (n, n / SPEEDS["flops"] / ranks / SPEEDS[name]) for name, n in flops.items()}
+
+
 def plan_table(x: dict, ranks: int, gpus: int, mean: int) -> str:
     """Show what plan.measure found, and what follows for a step with responses of mean length."""
-    c, n, gb = x["config"], x["parameters"], x["parameters"] / 1e9
+    c, gb = x["config"], x["parameters"] / 1e9
     sizes = {name: size for name, size in x["held"].items() if size} | dict(together=x["peak"])
     parts = "\n".join(f"  {name:24}{size / 2**30:7.1f}" for name, size in sizes.items())
     long = c.max_prompt_length + c.max_response_length
     step = c.prompts_per_step * c.group_size * mean
-    update = x["update_flops"] / x["tokens"] * step
-    score = update / (3 + bool(c.recompute) / max(c.recompute, 1))
-    speed = SPEEDS["flops"] * ranks
-    times = ", ".join(
-        f"{name} {flops:.1e} FLOP, {flops / speed / SPEEDS[name]:.0f} s at {SPEEDS[name]:.0%}"
-        for name, flops in dict(generate=2 * n * step, update=update, score=score).items())
+    times = ", ".join(f"{name} {flops:.1e} FLOP, {seconds:.0f} s at {SPEEDS[name]:.0%}"
+                      for name, (flops, seconds) in step_costs(x, ranks, mean).items())
     host = f", of which {x['host'] / 2**30:.1f} on the host" if x["host"] else ""
     return f"""{c.model}: {gb:.2f}B parameters on {ranks} GPUs. An update's peak, GiB a GPU, \
 measured at {c.micro_batch_tokens} tokens{host}:

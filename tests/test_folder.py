@@ -12,6 +12,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -321,6 +322,7 @@ def test_what_cannot_be_resumed_is_kept(tmp_path, capsys):
 
 HOLD = """
 import sys
+import time
 sys.path.insert(0, {root!r})
 from shelf.folder import claim
 from shelf.ranks import UsageError
@@ -531,6 +533,7 @@ def test_the_example_shows_where_the_loss_applies(capsys):
 
 WITHOUT = """
 import sys
+import time
 for name in "numpy tqdm transformers vllm fcntl resource pyarrow math_verify sympy".split():
     sys.modules[name] = None
 """
@@ -570,8 +573,49 @@ def test_an_error_of_one_rank_is_said_and_ends_all(tmp_path):
     assert done.returncode and done.stderr.count("not on this machine") == 1
 
 
+BROKEN = """
+import sys
+import time
+sys.path.insert(0, {root!r})
+import a3po
+from shelf import ranks
+def update(*_):
+    assert ranks.rank() == 0, "a fault of rank 1"
+    ranks.gather([])  # it waits for the other
+a3po.update = update
+ranks.launch(a3po.main)
+"""
+
+
+@pytest.mark.slow
+def test_an_error_that_nobody_foresaw_ends_all_ranks_at_once(tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN.format(root=str(ROOT)))
+    command = [str(tmp_path / "broken.py"), "--setting=demo", f"--output_dir={tmp_path / 'run'}",
+               "--eval_every=0", "--steps=2"]
+    began = time.monotonic()
+    done = run(*command, ranks=2)
+    started = (tmp_path / "run/config.json").stat().st_mtime - (time.time() - time.monotonic())
+    assert done.returncode and done.stderr.count("AssertionError: a fault of rank 1") == 1
+    assert "\nstopped at step 0; no checkpoint yet; go on with --resume auto" in done.stderr
+    assert began < started and time.monotonic() - started < 60
+
+
+ENDS = {"pass": 0, "raise SystemExit(3)": 3, "raise SystemExit": 0, "raise KeyError('lost')": 1,
+        "raise KeyboardInterrupt": 1}
+
+
+@pytest.mark.parametrize("what, status", ENDS.items())
+def test_a_program_leaves_with_its_status(what, status):
+    code = (f"import atexit\nfrom shelf.ranks import launch\ndef main():\n    {what}\n"
+            "atexit.register(print, 'handlers ran')\nlaunch(main)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status and done.stdout == "handlers ran\n"
+    assert ("Traceback" in done.stderr) == (status == 1)
+
+
 TWO = """
 import sys
+import time
 sys.path.insert(0, {root!r})
 from shelf import ranks
 from shelf.ranks import UsageError

@@ -1,5 +1,6 @@
 """Families of models: those on the list train, the others are refused or found out."""
 
+import contextlib
 import json
 
 import pytest
@@ -71,6 +72,47 @@ def test_heads_that_vllm_has_not_on_a_cpu_are_refused(tiny_model, monkeypatch):
             checks.check_model("m", config)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         checks.check_model("m", config)
+
+
+GPUS = {  # what torch sees, CUDA_VISIBLE_DEVICES, of what CUDA torch is built, the setting: said
+    "no GPU": ([], False, None, None, True, ""),
+    "a GPU": (["/dev/nvidia0"], True, None, "13.0", True, ""),
+    "old driver": (["/dev/nvidia0"], False, None, "13.0", True, "may be too old for CUDA 13.0"),
+    "old driver, demo": (["/dev/nvidia0"], False, None, "13.0", False, "may be too old"),
+    "a wrong one": (["/dev/nvidia0"], False, "7", "13.0", False, "DEVICES=7 name none"),
+    "hidden": (["/dev/nvidia0"], False, "", "13.0", True, "CUDA_VISIBLE_DEVICES='' hides them"),
+    "hidden, demo": (["/dev/nvidia0"], False, "-1", "13.0", False, ""),
+    "CPU build": (["/dev/nvidia0"], False, None, None, True, "its CPU build, remove .venv and run"),
+    "CPU build, demo": (["/dev/nvidia0"], False, None, None, False, ""),
+}
+
+
+@pytest.mark.parametrize("files, seen, visible, cuda, wanted, says", GPUS.values(), ids=GPUS)
+def test_gpus_that_torch_does_not_see_are_named(files, seen, visible, cuda, wanted, says,
+                                                monkeypatch):
+    monkeypatch.setattr(checks, "glob", lambda _: files)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: seen)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setenv("CC", "gcc")
+    monkeypatch.setattr(checks.sysconfig, "get_path", lambda _: str(ROOT))
+    monkeypatch.setattr(checks.os.path, "exists", lambda path: not path.startswith("/usr/lib/wsl"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(UsageError, match=says) if says else contextlib.nullcontext():
+        checks.check_machine(wanted)
+
+
+@pytest.mark.parametrize("CC, header, says", [
+    ("", True, "no C compiler: install gcc"), ("cc", False, "Python.h: install python3-dev"),
+    ("cc", True, "")])
+def test_a_gpu_needs_a_compiler(CC, header, says, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CC", CC)
+    monkeypatch.setattr(checks.shutil, "which", lambda _: None)
+    monkeypatch.setattr(checks.os.path, "exists", lambda _: header)
+    with pytest.raises(UsageError, match=says) if says else contextlib.nullcontext():
+        checks.check_machine(True)
 
 
 @pytest.mark.slow

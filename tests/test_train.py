@@ -15,7 +15,7 @@ from conftest import ROOT, kill, run, start, wait_for
 import a3po
 import eval as evaluation
 import verify
-from rollout import Engine, Problem, Prompt, PromptSampler, Sample, is_live
+from rollout import Engine, Problem, Prompt, PromptSampler, Sample, is_live, of_vllm
 from shelf import checks, memory
 from shelf.config import PRESETS, SETTINGS
 from shelf.data import read_rows
@@ -309,7 +309,7 @@ def test_bad_input_is_one_sentence(flags, says, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_faults_of_vllm_are_sentences():
+def test_faults_of_vllm_are_sentences(capsys, monkeypatch):
     class Dying:
         stop_ids: list = []
         asleep = False
@@ -335,6 +335,15 @@ def test_faults_of_vllm_are_sentences():
         next(Engine.generate(engine, [prompt], 1, [0], max_tokens=3))
     with pytest.raises(UsageError, match="failed to take the new weights .KeyError: 'lm_head"):
         Engine.sync(engine, [])
+    assert capsys.readouterr().err.count("Traceback (most recent call last)") == 2
+    monkeypatch.setenv("LOCAL_RANK", "1")  # whose traceback would be the same once more
+    for text, lacks in (("No available memory for the cache blocks", True), ("no kernel", False),
+                        ("an illegal memory access was encountered", False),
+                        ("out of resource: shared memory, Required: 300000", False)):
+        with (pytest.raises(UsageError) as error, of_vllm("to start")):
+            raise RuntimeError(text)
+        assert ("--max_num_seqs" in str(error.value)) == lacks
+    assert not capsys.readouterr().err
 
 
 def test_graders_that_fail_end_the_run():
