@@ -42,7 +42,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from itertools import chain
 
@@ -722,12 +721,8 @@ def main(argv: list[str] | None = None) -> None:
         train(config, run)
     except UsageError as error:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(10)  # if all ranks have this error, torchrun ends this one meanwhile
-        print(f"error: {error}", file=sys.stderr)
-        if run and run.step is not None and "--resume auto" not in str(error):
-            print(run.where(), file=sys.stderr)
-        sys.exit(2)
+        begun = run and run.step is not None and "--resume auto" not in str(error)
+        ranks.give_up(error, run.where() if begun else "")
     except KeyboardInterrupt:
         if rank() == 0:
             print(run.where() if run else "interrupted", file=sys.stderr)

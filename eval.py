@@ -37,11 +37,12 @@ import numpy as np
 import rollout
 import verify
 from rollout import Problem, Prompt, Sample
+from shelf import ranks
 from shelf.config import suggestion
 from shelf.data import load_problems, name_apart, read_rows
 from shelf.folder import append_records, claim, environment, folder_path, keep_records, replace_file
 from shelf.metrics import glossary
-from shelf.ranks import UsageError, explain, gather, init_distributed, launch, rank, say, world_size
+from shelf.ranks import UsageError, explain, gather, init_distributed, rank, say, world_size
 from shelf.report import KEPT, compare, draw_runs, results_table
 from verify import Graders
 
@@ -466,10 +467,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             print(compare(args.names) if command == "compare" else glossary(args.names))
     except UsageError as error:
-        if rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        ranks.give_up(error)
 
 
 if __name__ == "__main__":
-    launch(main)
+    ranks.launch(main)

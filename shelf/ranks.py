@@ -75,6 +75,14 @@ def launch(main: Callable[[], None]) -> NoReturn:
     leave(status)
 
 
+def give_up(error: UsageError, more: str = "") -> NoReturn:
+    """Print the error, and exit with status 2."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(10)  # if all ranks have this error, torchrun ends this one meanwhile
+    print(f"error: {error}", *filter(None, [more]), sep="\n", file=sys.stderr)
+    sys.exit(2)
+
+
 def leave(status: int = 0) -> NoReturn:
     """End a finished process after its exit handlers, without the rest of Python's shutdown: there,
     a thread of gloo that has yet to free a tensor aborts the process (PyTorch's pull request

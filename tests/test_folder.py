@@ -613,6 +613,20 @@ def test_a_program_leaves_with_its_status(what, status):
     assert ("Traceback" in done.stderr) == (status == 1)
 
 
+@pytest.mark.parametrize("main, argv", [(a3po.main, ["--setting=demo", "--tis_cap=-1"]),
+                                        (evaluation.main, ["nonsense"])])
+def test_what_one_rank_alone_has_to_say_is_said(main, argv, monkeypatch, capsys):
+    waited: list = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    for place, seconds in (("0", []), ("3", [10])):
+        monkeypatch.setenv("LOCAL_RANK", place)
+        monkeypatch.setenv("RANK", place)
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith("error: ") and waited == seconds
+
+
 TWO = """
 import sys
 import time
