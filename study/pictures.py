@@ -11,9 +11,8 @@ from scipy import stats
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart
-COLOURS = dict(a3po="#0072B2", dapo="#E69F00", random="#999999", grpo="#009E73", psr="#D55E00",
-               nsr="#CC79A7", a3po_constant="#56B4E9", base="black")
+from shelf.report import COLOURS  # noqa: E402
+
 NAMES = dict(a3po="A3PO", dapo="DAPO", random="random 20 %", grpo="GRPO", psr="PSR", nsr="NSR",
              a3po_constant="A3PO, no decay", base="base")
 CELLS = ("low_prob", "high_prob", "low_entropy", "high_entropy")
