@@ -61,8 +61,8 @@ try:
     from shelf.config import Config, check_config, parse_args
     from shelf.data import read_prompts
     from shelf.folder import RunFolder, claim
-    from shelf.metrics import rollout_metrics, token_metrics
-    from shelf.ranks import UsageError, accumulate, rank, reduce_over_ranks, say, timed, world_size
+    from shelf.metrics import accumulate, reduce_over_ranks, rollout_metrics, token_metrics
+    from shelf.ranks import UsageError, rank, say, timed, world_size
     from shelf.show import with_config
     from verify import Graders
 except ModuleNotFoundError as missing:  # the loss needs torch alone, on any system

@@ -133,30 +133,6 @@ def on_rank_0(make: Callable[[], Any]) -> Any:
     return made[0]
 
 
-def accumulate(sums: dict, more: dict) -> None:
-    """Add the scalar tensors in `more` to those in `sums`; of names that start with max_ keep the
-    larger."""
-    import torch
-
-    for name, value in more.items():
-        combine = torch.maximum if name.startswith("max_") else torch.add
-        sums[name] = combine(sums[name], value) if name in sums else value
-
-
-def reduce_over_ranks(sums: dict) -> dict[str, float]:
-    """Combine scalar tensors of all ranks as `accumulate` does, and read them from the device: at
-    once, for each read waits for it. All ranks have the same names."""
-    import torch
-
-    largest = [name for name in sums if name.startswith("max_")]
-    names = largest + [name for name in sums if name not in largest]
-    values = torch.stack([sums[name].double() for name in names])
-    if dist := distributed():
-        dist.all_reduce(values[: len(largest)], dist.ReduceOp.MAX)
-        dist.all_reduce(values[len(largest) :], dist.ReduceOp.SUM)
-    return dict(zip(names, values.tolist(), strict=True))
-
-
 @contextlib.contextmanager
 def timed(seconds: dict[str, float], name: str):
     """Add the duration of the block to seconds["seconds_" + name]."""
