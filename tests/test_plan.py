@@ -133,6 +133,17 @@ def test_what_does_not_fit_is_refused_with_what_does(measured, monkeypatch):
     assert plan.refusal(small, 1 << 30, 2, FLAGS).endswith("; nothing that was tried helps")
 
 
+def test_a_gpu_has_less_than_its_name_says(measured, monkeypatch, capsys):
+    x = copy.deepcopy(measured)  # 8B on one of 141 GB, of which torch sees 139.8 GiB
+    x["peak"] = int(135.4 * plan.GIB)
+    monkeypatch.setattr(plan, "in_process", lambda ranks, argv: copy.deepcopy(x))
+    with pytest.raises(SystemExit):
+        plan.main(["--gpus=1", "--gpu_gb=141"])
+    assert "the update takes 140.4 GiB a GPU" in capsys.readouterr().err
+    for name, seen in ((40, 39.39), (80, 79.1), (141, 139.8)):
+        assert 0.98 < name * plan.NOMINAL_GB / plan.GIB / seen <= 1.001
+
+
 def test_under_ddp_sharding_is_tried_first(measured, monkeypatch):
     tried = []
     monkeypatch.setattr(plan, "in_process", lambda ranks, argv: tried.append(argv) or measured)

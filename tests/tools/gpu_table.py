@@ -46,7 +46,7 @@ def cell(measured, ranks: int, card: int) -> str:
     them do not."""
     for flags in TRIES:
         x = measured(ranks, flags)
-        why = plan.problem(x, card * plan.GIB)
+        why = plan.problem(x, card * plan.NOMINAL_GB)
         if not why:
             costs = report.step_costs(x, ranks, MEAN).values()
             seconds = " + ".join(f"{seconds:.0f}" for _, seconds in costs)
