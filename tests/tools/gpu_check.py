@@ -43,7 +43,7 @@ GIB, LIMIT = memory.GIB, 3600  # seconds that a process may take
 ERROR = r"(\[rank\d+\]: )?([\w.]*(Error|Exception)|error): \S"  # a line of that says what it was
 MISMATCH = dict(fp32=1e-5, fp16=5e-3, bf16=5e-2)  # nats; means of more are not the same model
 SMALL = ["--steps=3", "--eval_data=", "--save_every=0", "--mini_batches=2"]
-PRECISIONS = ("bf16", "bf16 compiled", "fp16") if GPU else ("fp32", "bf16 compiled")
+PRECISIONS = ("bf16", "bf16 compiled", "fp16") if GPU else ("fp32", "bf16")  # a CPU compiles slowly
 
 
 @dataclass
@@ -98,7 +98,8 @@ class Hour:
             log.seek(begin)
             said = log.read().splitlines()
         errors = [text for text in said if re.match(ERROR, text)]
-        return (errors or said or [f"exit status {status}"])[-1] if status else ""
+        errors = errors[:1] if ranks > 1 else errors[-1:]  # others break off, or one led to another
+        return (errors or said[-1:] or [f"exit status {status}"])[0] if status else ""
 
     def inside(self, name: str, *args: str, ranks: int = 1) -> dict:
         """Return the facts that gpu_facts.py finds; of one that failed those it had by then, and

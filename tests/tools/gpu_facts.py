@@ -90,8 +90,8 @@ def fixed_groups(path: str) -> list[list[Sample]]:
     return groups
 
 
-def make_model(path: str, tied: bool) -> None:
-    """Write a random Qwen3 of two layers, four query heads to one of keys."""
+def make_model(path: str, tied: bool) -> str:
+    """Write a random Qwen3 of two layers, four query heads to one of keys; return the path."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
@@ -99,14 +99,15 @@ def make_model(path: str, tied: bool) -> None:
         vocab_size=1000, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
         num_attention_heads=8, num_key_value_heads=2, head_dim=64, max_position_embeddings=1024,
         tie_word_embeddings=tied)).save_pretrained(path)
+    return path
 
 
 def find_gradient(facts: Facts, head: str, *jobs: str) -> None:
     """Find grad_norm and each parameter's gradient in an update of a3po's, in one micro-batch a
     rank, for each job: its device (cpu or this one), precision and --parallel."""
     here = ranks.init_distributed()
-    with tempfile.TemporaryDirectory() as path:
-        make_model(path, head == "tied")
+    with tempfile.TemporaryDirectory() as mine:
+        path = ranks.on_rank_0(lambda: make_model(mine, head == "tied"))
         groups = fixed_groups(path)
         for job in jobs:
             where, precision, parallel = job.split()
