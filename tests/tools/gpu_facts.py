@@ -102,24 +102,22 @@ def make_model(path: str, tied: bool) -> str:
     return path
 
 
-def find_gradient(facts: Facts, head: str, *jobs: str) -> None:
+def find_gradient(facts: Facts, *jobs: str) -> None:
     """Find grad_norm and each parameter's gradient in an update of a3po's, in one micro-batch a
-    rank, for each job: its device (cpu or this one), precision and --parallel."""
+    rank, for each job: a head (tied or untied), device (cpu or this one), precision, --parallel."""
     here = ranks.init_distributed()
-    with tempfile.TemporaryDirectory() as mine:
-        path = ranks.on_rank_0(lambda: make_model(mine, head == "tied"))
-        groups = fixed_groups(path)
-        for job in jobs:
-            where, precision, parallel = job.split()
+    for job in jobs:
+        head, where, precision, parallel = job.split()
+        with tempfile.TemporaryDirectory() as mine:
+            path = ranks.on_rank_0(partial(make_model, mine, head == "tied"))
             config = a3po.parse_args([
                 "--setting=demo", f"--model={path}", f"--parallel={parallel}", "--mini_batches=1",
                 "--micro_batch_tokens=16384", "--max_grad_norm=1e9", "--recompute=1"])
-            device = where if where == "cpu" else here
-            facts[job] = one_update(groups, config, device, precision)
+            facts[job] = one_update(config, where if where == "cpu" else here, precision)
 
 
-def one_update(groups: list, config: a3po.Config, device: str, precision: str) -> dict:
-    kernel = "grids" if device == "cpu" else "varlen"
+def one_update(config: a3po.Config, device: str, precision: str) -> dict:
+    kernel, groups = "grids" if device == "cpu" else "varlen", fixed_groups(config.model)
     policy, inner, _, optimizer = a3po.build(config, device, kernel,
                                              a3po.precision_of(precision, device))
     batches, gradient = a3po.make_batches(groups, config, 0, device, kernel), {}
