@@ -224,9 +224,9 @@ def test_the_gpu_checks_run_on_a_cpu_too(tmp_path):
     assert [line["what"] for line in lines] == [
         text[:46].strip() for text in done.stdout.splitlines()[1:]]
     checks = " ".join(dict.fromkeys(line["check"] for line in lines))
-    assert checks == "attention gradient parallel plan fp32 bf16 resume speed"
-    assert sum(line["verdict"] == "ok" for line in lines) == 21
-    assert [line["step"] for line in found if "reward" in line] == [0, 1, 2] * 3 + [0, 1, 2, 3]
+    assert checks == "attention gradient parallel plan bf16 resume speed"
+    assert sum(line["verdict"] == "ok" for line in lines) == 16
+    assert [line["step"] for line in found if "reward" in line] == [0, 1, 2] * 2 + [0, 1, 2, 3]
     assert {path.name for path in tmp_path.iterdir()} == {"found.jsonl", "found.log"}
 
 
@@ -254,13 +254,15 @@ def test_a_gpu_check_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
                     mismatch_mean=0.01, ratio_max_deviation=0, skipped_updates=0, memory_gib=40.1,
                     tokens_per_second=90, seconds_update=1)
         (folder / "metrics.jsonl").write_text(json.dumps(step))
-        hour.planned = dict(update_flops=1e12, tokens=9000, peak=40 << 30)
         return dict(failed="killed", kv_tokens=9000, planned=8900, held=2 << 30, sequences=64,
                     asleep=[dict(used=9 << 30, outside=1 << 30)])
 
+    planned = dict(update_flops=1e12, tokens=9000, peak=40 << 30, held=dict(weights=20 << 30))
+    monkeypatch.setattr(gpu_check, "GPU", True)
+    monkeypatch.setattr(gpu_check.plan, "in_process", lambda *_: planned)
     monkeypatch.setattr(gpu_check.Hour, "inside", half_a_run)
     monkeypatch.setattr(gpu_check, "CHECKS", dict(
-        process=process, fault=lambda hour: 1 / 0,
+        process=process, fault=lambda hour: 1 / 0, plan=gpu_check.check_plan,
         run=lambda hour: gpu_check.check_precision(hour, "bf16"),
         good=lambda hour: hour.line("good", "1", "1", True)))
     with pytest.raises(SystemExit) as end:
@@ -278,6 +280,7 @@ def test_a_gpu_check_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
     assert lines["preemptions of a step"] == ("3", "at most 36, as the mean load is 246%", "ok")
     assert lines["beside weights and Adam while vLLM sleeps, GiB"][::2] == ("7.0", "LOOK")
     assert lines["of it outside torch, GiB"][::2] == ("1.0", "ok")
+    assert lines["the plan: memory of an update, GiB"][:2] == ("40", "weights 20")
     assert lines["bf16: memory of the update, GiB"] == ("40.1", "40.0 by the plan", "ok")
     assert [line["mismatch_mean"] for line in found if "step" in line] == [0.01]
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
