@@ -275,11 +275,11 @@ class Engine:
 
         if self.cpu:
             room = 64 * max_model_len * cache_bytes(config, 4)  # for 64 whole sequences
-            options |= dict(kv_cache_memory_bytes=int(np.clip(room, 256 << 20, 4 << 30)))
+            options = dict(kv_cache_memory_bytes=int(np.clip(room, 256 << 20, 4 << 30))) | options
         else:
             # watermark: blocks kept free, else running sequences throw each other out
-            options |= dict(gpu_memory_utilization=gpu_memory, enable_sleep_mode=sleeps,
-                            watermark=0.05)
+            options = dict(gpu_memory_utilization=gpu_memory, enable_sleep_mode=sleeps,
+                           watermark=0.05) | options
         self.llm = LLM(
             model=model, seed=seed, dtype=dtype or (torch.float32 if self.cpu else torch.bfloat16),
             hf_overrides=dict(head_dtype="float32"),  # logits rounded to bf16 would be 0.1 off

@@ -215,13 +215,75 @@ def test_what_runs_is_said_first(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_gpu_checks_run_on_a_cpu_too():
-    done = run("tests/tools/gpu_check.py")
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stdout.splitlines()
-    assert sum(line.endswith("ok") for line in lines) == 13 and "LOOK" not in done.stdout
-    assert lines[1].startswith("attention, grids: packed against alone")
-    assert [line.split(":")[0] for line in lines[2::6]] == ["fp32", "fp16", "bf16 compiled"]
+def test_the_gpu_checks_run_on_a_cpu_too(tmp_path):
+    out = tmp_path / "found.jsonl"
+    done = run("tests/tools/gpu_check.py", f"--out={out}", timeout=1800)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    lines = [line for line in found if "what" in line]
+    assert [line["what"] for line in lines] == [
+        text[:46].strip() for text in done.stdout.splitlines()[1:]]
+    checks = " ".join(dict.fromkeys(line["check"] for line in lines))
+    assert checks == "attention gradient parallel plan bf16 resume speed"
+    assert sum(line["verdict"] == "ok" for line in lines) == 16
+    assert [line["step"] for line in found if "reward" in line] == [0, 1, 2] * 2 + [0, 1, 2, 3]
+    assert {path.name for path in tmp_path.iterdir()} == {"found.jsonl", "found.log"}
+
+
+@pytest.mark.slow
+def test_the_gpu_checks_compare_two_ranks_with_one(tmp_path):
+    done = run("tests/tools/gpu_check.py", f"--out={tmp_path / 'found.jsonl'}", "--ranks=2",
+               "--only=parallel")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count(" ok") == 4
+
+
+def test_a_gpu_check_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
+    """And what a run had measured before it failed is kept."""
+    monkeypatch.syspath_prepend(ROOT / "tests/tools")
+    import gpu_check
+
+    def process(hour):
+        code = "import sys; print('step 1'); sys.exit('error: no room')"
+        gpu_check.whole(dict(failed=hour.start("-c", code)))
+
+    def half_a_run(hour, name, save, *flags, ranks):
+        folder = Path(flags[-1].partition("=")[2])
+        folder.mkdir()
+        step = dict(step=0, preemptions=3, rollout_tokens=9000, response_length=90, seconds=2,
+                    mismatch_mean=0.01, ratio_max_deviation=0, skipped_updates=0, memory_gib=40.1,
+                    tokens_per_second=90, seconds_update=1)
+        (folder / "metrics.jsonl").write_text(json.dumps(step))
+        return dict(failed="killed", kv_tokens=9000, planned=8900, held=2 << 30, sequences=64,
+                    asleep=[dict(used=9 << 30, outside=1 << 30)])
+
+    planned = dict(update_flops=1e12, tokens=9000, peak=40 << 30, held=dict(weights=20 << 30))
+    monkeypatch.setattr(gpu_check, "GPU", True)
+    monkeypatch.setattr(gpu_check.plan, "in_process", lambda *_: planned)
+    monkeypatch.setattr(gpu_check.Hour, "inside", half_a_run)
+    monkeypatch.setattr(gpu_check, "CHECKS", dict(
+        process=process, fault=lambda hour: 1 / 0, plan=gpu_check.check_plan,
+        run=lambda hour: gpu_check.check_precision(hour, "bf16"),
+        good=lambda hour: hour.line("good", "1", "1", True)))
+    with pytest.raises(SystemExit) as end:
+        gpu_check.main([f"--out={tmp_path / 'found.jsonl'}"])
+    assert end.value.code == 1
+    found = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    lines = {line["what"]: (line["measured"], line["expected"], line["verdict"])
+             for line in found if "what" in line}
+    assert len(lines) == len(capsys.readouterr().out.splitlines()) - 1
+    assert lines["process"] == ("failed", "to end: error: no room", "LOOK")
+    assert lines["fault"] == ("failed", "to end: ZeroDivisionError: division by zero", "LOOK")
+    assert lines["run"] == ("failed", "to end: killed", "LOOK")
+    assert lines["good"] == ("1", "1", "ok")
+    assert lines["vLLM's room, tokens"][::2] == ("9,000", "ok")
+    assert lines["preemptions of a step"] == ("3", "at most 36, as the mean load is 246%", "ok")
+    assert lines["beside weights and Adam while vLLM sleeps, GiB"][::2] == ("7.0", "LOOK")
+    assert lines["of it outside torch, GiB"][::2] == ("1.0", "ok")
+    assert lines["the plan: memory of an update, GiB"][:2] == ("40", "weights 20")
+    assert lines["bf16: memory of the update, GiB"] == ("40.1", "40.0 by the plan", "ok")
+    assert [line["mismatch_mean"] for line in found if "step" in line] == [0.01]
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 @pytest.mark.slow
