@@ -49,7 +49,7 @@ def tiny_model(tmp_path_factory) -> str:
 
 
 def run(
-    *command: str, ranks: int = 1, timeout: int = 300, cwd: Path = ROOT
+    *command: str, ranks: int = 1, timeout: int = 600, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess:
     """Run one of our scripts, under torchrun with several ranks."""
     launcher = [sys.executable]
