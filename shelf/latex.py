@@ -237,9 +237,9 @@ def changes(word: str) -> bool:
 
 # ---- expressions --------------------------------------------------------------------------------
 
-_REFUSED = re.compile(  # for sympy: towers of numbers, many digits, two numbers, words, many bars
+_REFUSED = re.compile(  # for sympy: towers, many digits, two numbers, words, many bars
     r"\d{200}|\^\{[+-]?\d+\}\^|\^\{[+-]?(?!2\^\{1?\d\}|[3-9]\^\{[1-4]\})\d+\^|\^\{[+-]?\d{6}|\d{5}\)?!"
-    r"|!!|\d\s\d|\u2003|:|(?:\^\{\w*\}){4}"
+    r"|!!|\d\s\d|\u2003|:|(?:\^\{\w*\}){4}|(?:\w[\^_]){5}"
     r"|(?<![\\A-Za-z])[A-Za-z]{5,}|(?:\|[^|]*){20}"
 )
 _FOR_THE_LIBRARY = (

@@ -267,7 +267,7 @@ squared~ a ab x x~ xy \pi \pi~ e^ i sin~ \sin \sin~x \sin( sin( \ln \log_ \log_2
 1| |x| \int \sum_{ \lim_{x \vec{ \hat \angle A_{1} 10_{2} base~ 1~base~2~ (B)~ A. all~real~
 all~real~numbers~except~ except~ (x,y)= (1,2), \{1\} \{x: \{x| ] ]1, 7^{9 9^9 9! 9!! 1e9 1e 99999~
 é 字 \{1, \emptyset \infty, (-\infty, [[ ((x)) ^{x} {x}{ {{x \text{x}~ \frac{x}{x} \sqrt{x} x^{-1}
-\theta
+\theta x_ x^2^ x'^ x_1^ x^x_
 """.split()
 PIECES = [x.replace("~", " ") for x in PIECES] + ["\n", "\t", " ", "\u2003", "\x00", "\u200b"]
 
