@@ -548,6 +548,7 @@ def load_inputs(config: Config):
     tokenizer, model_config = rollout.load_tokenizer(
         config.model, config.max_prompt_length, config.max_response_length, config.template)
     checks.check_model(config.model, model_config)
+    checks.check_weights(config.model, model_config)
     checks.check_saving(config.model, model_config, tokenizer)
     judge = config.reward and rollout.judge_by_function(config.reward, config.grade_timeout)
     prompts, held_out = ranks.on_rank_0(lambda: read_prompts(config, tokenizer))

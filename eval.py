@@ -389,12 +389,13 @@ def check_args(args: argparse.Namespace) -> dict[str, Benchmark]:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate every benchmark on one engine; print the tables, write --out."""
-    from shelf.checks import check_machine  # with torch
+    from shelf.checks import check_machine, check_weights  # with torch
 
     check_machine(False)
     benches = check_args(args)
     tokenizer, config = rollout.load_tokenizer(
         args.model, 0, args.max_response_length, args.template)
+    check_weights(args.model, config)
     args.max_response_length = args.max_response_length or 8192
     if config.num_attention_heads % args.tensor_parallel:
         raise UsageError(f"--tensor_parallel {args.tensor_parallel} does not divide the model's "

@@ -10,8 +10,10 @@ from glob import glob
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.utils import logging
 
-from model import full_weights, make_valid
+from model import full_weights, load_model, make_valid
 from rollout import Engine, Prompt
 from shelf.ranks import UsageError, explain, say
 
@@ -69,6 +71,17 @@ def check_model(name: str, config) -> None:
     if config.model_type not in FAMILIES:
         say(f"NOTE: a model of type {config.model_type} was never tried here; every step checks "
             "that vLLM and the trainer agree about it")
+
+
+def check_weights(name: str, config) -> None:
+    """Refuse a folder of a family tried here whose files lack weights or are cut short: of weights
+    that vLLM joins, one is enough for it. With fake tensors none is read."""
+    tried = config.model_type in FAMILIES and not hasattr(config, "quantization_config")
+    if tried and glob(os.path.join(name, "*.safetensors")):  # others torch cannot load as fakes
+        logging.disable_progress_bar()  # it would say that weights are loaded
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            load_model(name, "grids")
+        logging.enable_progress_bar()
 
 
 def check_saving(name: str, config, tokenizer) -> None:

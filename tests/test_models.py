@@ -2,14 +2,18 @@
 
 import contextlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, run
 from model_worker import FAMILIES, make
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import a3po
+import eval as evaluation
+import rollout
 from shelf import checks
 from shelf.ranks import UsageError
 
@@ -51,8 +55,10 @@ def test_vllm_follows_the_trainer(family, reports):
 
 
 def test_the_list_is_what_is_trained(tmp_path, capsys):
-    types = {AutoConfig.from_pretrained(make(name, tmp_path / name)).model_type for name in TRAINED}
-    assert types == checks.FAMILIES.keys()
+    configs = [AutoConfig.from_pretrained(make(name, tmp_path / name)) for name in TRAINED]
+    assert {config.model_type for config in configs} == checks.FAMILIES.keys()
+    for name, config in zip(TRAINED, configs, strict=True):
+        checks.check_weights(str(tmp_path / name), config)
     checks.check_model("m", AutoConfig.from_pretrained(tmp_path / "llama"))
     assert not capsys.readouterr().out
 
@@ -116,6 +122,49 @@ def test_a_gpu_needs_a_compiler(CC, header, says, monkeypatch):
 
 
 @pytest.mark.slow
+def drop(file, name):
+    weights = load_file(file)
+    del weights[name]
+    save_file(weights, file, metadata=dict(format="pt"))
+
+
+DAMAGE = {  # what happens to model.safetensors: what is said
+    "lacks q_proj": (lambda file: drop(file, "model.layers.1.self_attn.q_proj.weight"),
+                     "1 weights are not in its files, model.layers.1.self_attn.q_proj.weight"),
+    "lacks a norm": (lambda file: drop(file, "model.norm.weight"), "1 weights are not in its"),
+    "is cut short": (lambda file: file.write_bytes(file.read_bytes()[:-1000]), "do not load"),
+    "is empty": (lambda file: file.write_bytes(b""), "do not load"),
+    "is not there": (lambda file: file.rename(f"{file}.safetensors"), "do not load"),
+}
+
+
+@pytest.mark.parametrize("main, flags", [
+    (a3po.main, ["--setting=demo", "--check"]), (evaluation.main, ["--benchmarks=demo"])])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_weights_are_one_sentence_before_work_starts(main, flags, damage, tmp_path, capsys,
+                                                             monkeypatch):
+    monkeypatch.setattr(rollout, "Engine", lambda *_, **__: pytest.fail("an engine was started"))
+    change, says = DAMAGE[damage]
+    change(Path(make("qwen2", tmp_path)) / "model.safetensors")
+    with pytest.raises(SystemExit) as stop:
+        main([*flags, f"--model={tmp_path}"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and says in error and f"error: model '{tmp_path}'" in error
+
+
+def test_whole_weights_of_any_kind_are_let_through(tmp_path):
+    """Without the prefix of names, as a base model is saved; and pickled ones, left to others."""
+    config = AutoConfig.from_pretrained(make("qwen2", tmp_path))
+    file = tmp_path / "model.safetensors"
+    checks.check_weights(str(tmp_path), config)
+    weights = {name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}
+    save_file(weights, file, metadata=dict(format="pt"))
+    checks.check_weights(str(tmp_path), config)
+    file.unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    checks.check_weights(str(tmp_path), config)
+
+
 def test_a_family_that_was_never_tried_is_found_out(tmp_path):
     """OPT: dropout that the model applies by itself, and other positions than vLLM's."""
     (tmp_path / "taste.py").write_text("def length(response, problem): return len(response) % 7\n")
