@@ -123,7 +123,8 @@ def chat_text(tokenizer, messages: list[dict]) -> str:
     if first["role"] == "system" and rest[0]["role"] == "user":
         joined = f"{first['content']}\n\n{rest[0]['content']}"
         return chat_text(tokenizer, [rest[0] | dict(content=joined), *rest[1:]])
-    raise UsageError(f"the chat template fails ({why[:200]}): mend it, or give --template plain")
+    raise UsageError(f"the chat template fails ({why[:200]}) for a chat that ends with "
+                     f"{messages[-1]['content'][:60]!r}: mend it, or give --template plain")
 
 
 def encode_prompts(problems: list[Problem], tokenizer, template: str,

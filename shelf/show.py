@@ -28,11 +28,12 @@ CURVES = (("reward", "eval_accuracy"), ("entropy_positive", "entropy_negative", 
 def show_example(sample: Sample, tokenizer) -> None:
     """Print one response with its mask, to see the template and where the loss applies."""
     ids, grade, reference = sample.ids.tolist(), sample.grade, sample.prompt.problem.reference
+    verdict = {True: "correct", False: "incorrect", None: "no verdict"}[grade.correct]
     say(f"--- one example: {len(sample.prompt.ids)} prompt tokens (mask 0), {len(ids)} response "
         f"tokens (mask 1), finish reason {sample.finish_reason}\n"
         f"[0] {tokenizer.decode(sample.prompt.ids)!r}\n[1] {tokenizer.decode(ids)!r}\n"
         f"    extracted {grade.extracted!r}, reference {str(reference)[:200]!r}: "
-        f"{'correct' if grade.correct else 'incorrect'} ({grade.status})\n---")
+        f"{verdict} ({grade.status})\n---")
 
 
 def read(path: Path) -> list[dict]:

@@ -527,6 +527,9 @@ def test_the_example_shows_where_the_loss_applies(capsys):
     prompt = Prompt(Problem("1", "", tests, "code"), [])
     show_example(dataclasses.replace(made_groups()[0][0], prompt=prompt), Letters())
     assert len(capsys.readouterr().out) < 1000
+    unjudged = Grade(None, None, reward=0.5)  # a reward function's
+    show_example(dataclasses.replace(made_groups()[0][0], grade=unjudged), Letters())
+    assert "no verdict (ok)" in capsys.readouterr().out
 
 
 # ---- what is missing ----------------------------------------------------------------------------

@@ -184,6 +184,14 @@ def test_a_chat_template_that_fails_is_one_sentence_in_a_check(template, says, t
     assert not checked(model, capsys, "--template=plain")
 
 
+def test_the_row_is_named_for_which_the_chat_template_fails(tmp_path):
+    tokenizer = make_tokenizer(tmp_path)
+    tokenizer.chat_template = "{% if 'odd' in messages[0].content %}{{ no.way }}{% endif %}" + ASK
+    problems = [Problem(str(i), text, "2") for i, text in enumerate(["1+1?", "an odd one?"])]
+    with pytest.raises(UsageError, match="fails .UndefinedError.* ends with 'an odd one"):
+        rollout.encode_prompts(problems, tokenizer, "auto", 999)
+
+
 def model_of(folder) -> str:
     """Return a copy of the demo's model."""
     for path in (ROOT / "demo" / "model").iterdir():
