@@ -262,20 +262,26 @@ def moved(results: list[dict]) -> list[str]:
             "| family | claim | before | now |", "|" + "---|" * 4, *rows, ""]
 
 
+def counted(results: list[dict]) -> str:
+    """Return how many claims have each verdict, in words."""
+    count = Counter(r["verdict"] for r in results)
+    return ", ".join(f"{count[v]} {words}" for v, words in PLURAL.items() if count[v])
+
+
 def write_summary(runs: list[dict], results: list[dict], later: dict[str, dict],
                   sections: list[str], planned: int, rule: str, out: Path) -> None:
     """Write summary.md: what was run, the verdicts by family, the means."""
     commits = sorted({run["environment"]["commit"] for run in runs})
     hours = sum(run["seconds"] for run in runs) / 3600
     machines = sorted({run.get("machine", "?") for run in runs})
-    count = Counter(r["verdict"] for r in results)
+    fresh = "; ".join(f"{name}: {counted(found['results'])}" for name, found in later.items())
     lines = ["# The paper's findings in miniature", "",
              f"{len(runs)} of {planned} runs, {hours:.1f} hours one after the other; commit "
              f"{', '.join(commits)}; `bash run.sh study`; {'; '.join(machines)}.", "",
-             f"{len(results)} claims: "
-             f"{', '.join(f'{count[v]} {words}' for v, words in PLURAL.items() if count[v])}. "
-             f"Of those that hold, {sum(map(beyond, results))} do so by the stricter reading, that "
-             "all of the interval reaches what matters (the last column).", "",
+             f"{len(results)} claims: {counted(results)}. Of those that hold, "
+             f"{sum(map(beyond, results))} do so by the stricter reading, that all of the "
+             "interval reaches what matters (the last column). "
+             f"Those written down later, on seeds of their own: {fresh}.", "",
              textwrap.fill(rule, 100), "",
              "![Who finds the rare strategy](story.png)", ""]
     for family in dict.fromkeys(r["claim"].family for r in results):
