@@ -248,24 +248,22 @@ def means_table(runs: list[dict]) -> list[str]:
     return lines
 
 
+def counted(results: list[dict], key: str = "verdict") -> str:
+    """Return how many claims have each verdict, in words."""
+    count = Counter(r[key] for r in results)
+    return ", ".join(f"{count[v]} {words}" for v, words in PLURAL.items() if count[v])
+
+
 def moved(results: list[dict]) -> list[str]:
     """Say which verdicts the rule has moved since the study was first judged."""
-    now, before = (Counter(r[key] for r in results) for key in ("verdict", "before"))
     rows = [f"| {r['claim'].family} | {r['claim'].text} | {r['before']} | {r['verdict']} "
             f"({r['side']}) |" for r in results if r["before"] != r["verdict"]]
-    words = [", ".join(f"{count[v]} {PLURAL[v]}" for v in PLURAL if v != "not run")
-             for count in (before, now)]
     return ["## Verdicts that the rule has moved", "",
             "At first \"holds\" asked for Holm's p alone, while the other verdicts came from the "
-            f"plain 95 % interval of each claim: {words[0]}. With one interval for all three: "
-            f"{words[1]}. {len(rows)} of {len(results)} have moved.", "",
+            f"plain 95 % interval of each claim: {counted(results, 'before')}. With one "
+            f"interval for all three: {counted(results)}. "
+            f"{len(rows)} of {len(results)} have moved.", "",
             "| family | claim | before | now |", "|" + "---|" * 4, *rows, ""]
-
-
-def counted(results: list[dict]) -> str:
-    """Return how many claims have each verdict, in words."""
-    count = Counter(r["verdict"] for r in results)
-    return ", ".join(f"{count[v]} {words}" for v, words in PLURAL.items() if count[v])
 
 
 def write_summary(runs: list[dict], results: list[dict], later: dict[str, dict],

@@ -121,7 +121,6 @@ def test_a_gpu_needs_a_compiler(CC, header, says, monkeypatch):
         checks.check_machine(True)
 
 
-@pytest.mark.slow
 def drop(file, name):
     weights = load_file(file)
     del weights[name]
@@ -165,6 +164,7 @@ def test_whole_weights_of_any_kind_are_let_through(tmp_path):
     checks.check_weights(str(tmp_path), config)
 
 
+@pytest.mark.slow
 def test_a_family_that_was_never_tried_is_found_out(tmp_path):
     """OPT: dropout that the model applies by itself, and other positions than vLLM's."""
     (tmp_path / "taste.py").write_text("def length(response, problem): return len(response) % 7\n")
