@@ -228,14 +228,15 @@ def means_table(runs: list[dict]) -> list[str]:
     groups = defaultdict(list)
     for run in runs:
         groups[run["place"], run["method"]].append(run)
-    lines = ["| regime | method | seeds | accuracy, end | pass@8 | pass@32 | entropy, mean | "
-             "length | updates a step | mismatch |", "|" + "---|" * 10]
+    lines = ["| regime | method | seeds | accuracy, end ± deviation | pass@8 | pass@32 | "
+             "entropy, mean | length | updates a step | mismatch |", "|" + "---|" * 10]
     for (place, method), mine in sorted(groups.items()):
         last = [run["evals"][-1] for run in mine]
         accuracy = [x["accuracy"] for x in last]
         spread = f" ± {np.std(accuracy, ddof=1):.3f}" if len(mine) > 1 else ""
         cells = [f"{np.mean(accuracy):.3f}{spread}"]
-        cells += [f"{np.mean([x[k] for x in last]):.3f}" for k in ("pass@8", "pass@32")]
+        cells += [f"{np.mean([x[k] for x in last]):.3f}" if k in last[0] else "-"
+                  for k in ("pass@8", "pass@32")]
         if mine[0]["trained"]["entropy"]:
             trained = [run["trained"] for run in mine]
             cells += [f"{np.mean([np.mean(t['entropy']) for t in trained]):.3f}",
@@ -287,6 +288,7 @@ def write_summary(runs: list[dict], results: list[dict], later: dict[str, dict],
         lines += [f"## {family}", "", *claims_table(mine), ""]
     for family, found in later.items():
         lines += [f"## {family}", "", found["words"], "", *claims_table(found["results"]), ""]
+        lines += [*means_table(found["runs"]), ""] if found["runs"] else []
         if found["pooled"]:
             lines += ["Exploratory: the same with the pairs of all seeds that exist pooled.", "",
                       *claims_table(found["pooled"]), ""]

@@ -30,7 +30,8 @@ FLAGS = (f"--model {WORK}/model --data {WORK}/hard_train.jsonl --eval_data {WORK
          "--steps 20 --lr 1e-5 --decay_rate 0.05 --eval_every 5 --eval_n 2")
 
 # Written down before the first run.
-ABOUT = """SmolLM2-135M on sums and differences of two-digit numbers (`study/smollm2.py`)."""
+ABOUT = """SmolLM2-135M on sums and differences of two-digit numbers, 20 steps
+(`study/smollm2.py`)."""
 PLANNED = {"smollm2": ("smollm2", ("a3po", "dapo", "random"), range(200, 203))}
 CLAIMS = [study.Claim("smollm2", text, source, "smollm2", "a3po", b, metric, effect)
           for metric, effect, text in (

@@ -474,19 +474,19 @@ calculated before: [power.md](power.md)."""
 def judge_later(runs: list[dict], others: list[dict], families: dict, claims: list[Claim],
                 about: str) -> dict[str, dict]:
     """Judge what was written down for later, a family's claims on its planned runs alone and only
-    when all of them are there. Return for each family: words, how many runs are there; results;
-    pooled, for exploration the results with the pairs of the `others`."""
+    when all of them are there. Return for each family: words, how many runs are there; these runs
+    and results; pooled, for exploration the results with the pairs of the `others`."""
     done, later = {record["name"]: record for record in runs}, {}
     for family, group in families.items():
         names = [run.name for run in planned([group])]
         mine = [done[name] for name in names if name in done]
-        whole = len(mine) == len(names)
+        words = f"{len(mine)} of {len(names)} runs are there"
+        if len(mine) < len(names):
+            mine, words = [], f"{words}; judged when all are"
         own = [claim for claim in claims if claim.family == family]
-        state = "." if whole else "; judged when all are."
-        later[family] = dict(
-            words=f"{len(mine)} of {len(names)} runs are there{state} {' '.join(about.split())}",
-            results=judge(mine if whole else [], own),
-            pooled=judge(mine + others, own) if whole and others else [])
+        later[family] = dict(words=f"{words}. {' '.join(about.split())}", runs=mine,
+                             results=judge(mine, own),
+                             pooled=judge(mine + others, own) if mine and others else [])
     return later
 
 

@@ -248,6 +248,7 @@ def test_a_confirmation_is_judged_once_and_on_its_own_seeds():
     assert (first["n"], first["verdict"]) == (30, "holds")
     assert first["mean"] == pytest.approx(0.1, abs=1e-3)
     assert found["results"][2]["side"] == "no spread"
+    assert {run["seed"] for run in found["runs"]} == {*range(200, 230)} and not part["runs"]
     assert [r["n"] for r in found["pooled"]] == [31, 30, 31, 30, 31, 31]
 
 
@@ -302,6 +303,8 @@ def test_what_the_readmes_quote_is_in_the_summary_and_that_in_the_runs(tmp_path,
         assert not [figure for figure in quoted if figure not in summary]
     for undecided, claims in re.findall(r"(\d+) of (\d+) claims", (ROOT / "README.md").read_text()):
         assert f"{claims} claims: " in summary and f" {undecided} are not decidable" in summary
+    [undecided] = re.findall(r"all (\d+) on SmolLM2", (ROOT / "README.md").read_text())
+    assert f"; smollm2: {undecided} are not decidable here." in summary
     again = Path(shutil.copytree(results, tmp_path / "again"))
     (again / "summary.md").unlink()
     monkeypatch.setattr("pictures.draw_all", lambda *_: None)
