@@ -49,7 +49,7 @@ REGIMES = {  # name: what it is, flags beyond the demo's
                  SHORTCUT),
     "long": ("the demo for 300 steps with the paper's alpha: rho is 1 from step 200", "--steps 300 "
              "--decay_rate 0.005 --max_refills 0 --eval_every 50"),
-    "quick": ("20 steps of the shortcut", SHORTCUT + " --steps 20 --eval_every 10"),
+    "quick": ("10 steps of the shortcut", SHORTCUT + " --steps 10 --eval_every 10"),
 }
 MAIN = "shortcut-4"  # the number is the base's skill, per cent: see make_bases.py
 PLACES = ("shortcut-1", MAIN, "shortcut-8", "shortcut-10")
@@ -525,8 +525,9 @@ def planned(groups: list[tuple], first_seed: int = 0) -> list[Run]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at one time, a core each")
-    parser.add_argument("--quick", action="store_true", help="three runs of 20 steps")
+    parser.add_argument("--jobs", type=int, help="runs at one time, a core each (default: 1, with "
+                        "--quick as many as there are cores)")
+    parser.add_argument("--quick", action="store_true", help="three runs of 10 steps")
     parser.add_argument("--judge", action="store_true", help="train nothing")
     parser.add_argument("--confirm", action="store_true", help="train the runs of the confirmation")
     parser.add_argument("--first_seed", type=int, default=0, help="of each group (default: 0)")
@@ -545,7 +546,8 @@ def main() -> None:
         todo, file = planned(list(CONFIRMED.values())), out / "confirm.jsonl"
     else:
         todo, file = runs, out / "runs.jsonl"
-    good = args.judge or train_all(todo, args.jobs, args.work, file)
+    jobs = args.jobs or (len(os.sched_getaffinity(0)) if args.quick else 1)
+    good = args.judge or train_all(todo, jobs, args.work, file)
     report(out, len(runs))
     sys.exit(0 if good else 1)
 

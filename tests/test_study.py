@@ -405,14 +405,14 @@ def test_hard_word_problems_are_right_and_split_by_their_numbers(tmp_path):
 
 @pytest.mark.slow
 def test_the_quick_study(tmp_path):
-    flags = ["--quick", "--jobs=2", f"--out={tmp_path}/out", f"--work={tmp_path}/work"]
+    flags = ["--quick", f"--out={tmp_path}/out", f"--work={tmp_path}/work"]
     done = run("study/study.py", *flags, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "out/runs.jsonl").open()]
     assert {line["method"] for line in lines} == {"a3po", "dapo", "random"}
     for line in lines:
-        assert [x["step"] for x in line["evals"]] == [0, 10, 20] and line["seconds"] > 0
-        assert len(line["trained"]["entropy"]) == 2
+        assert [x["step"] for x in line["evals"]] == [0, 10] and line["seconds"] > 0
+        assert len(line["trained"]["entropy"]) == 1
         assert max(line["trained"]["ratio_max_deviation"]) == 0
         assert str(tmp_path) not in json.dumps(line)
     assert "3 of 3 runs" in (tmp_path / "out/summary.md").read_text()
