@@ -506,10 +506,11 @@ def report(out: Path, runs_planned: int) -> None:
     later = judge_later(fresh, runs + hundred, CONFIRMED, CONFIRM_CLAIMS, FRESH)
     later |= judge_later(real, [], smollm2.PLANNED, smollm2.CLAIMS, smollm2.ABOUT)
     rule = " ".join((RULE + verdict.__doc__.partition("\n\n")[2]).split())
-    sections = readings.section(runs) + why.section(explored, results)
+    measured = [r for family in CONFIRMED for r in later[family]["results"]] + results
+    sections = readings.section(runs) + why.section(explored, measured)
     pictures.write_summary(runs, results, later, sections, runs_planned, rule, out)
     pictures.draw_all(runs, results, later["cells again"]["results"], MAIN, PLACES, out)
-    why.draw(explored, results, out / "why.png")
+    why.draw(explored, measured, out / "why.png")
     print(f"{out / 'summary.md'}: " + ", ".join(
         f"{n} {v}" for v, n in Counter(r["verdict"] for r in results).most_common()))
     for family, found in later.items():

@@ -167,15 +167,16 @@ def from_itself(run: dict, dapo: dict) -> float:
     return scale(dapo, "gradient") * float(more.mean())
 
 
-def measured(results: list[dict]) -> dict[tuple, tuple[float, float]]:
-    """Return (place, method): the study's difference of the mean entropy from DAPO's, and half its
-    interval."""
+def measured(results: list[dict]) -> dict[tuple, dict]:
+    """Return for each (place, method) what the first result says of it: the difference of the mean
+    entropy from DAPO's, half its interval, the pairs."""
     found = {}
     for r in results:
         claim = r["claim"]
         if claim.metric == study.ENTROPY and "dapo" in (claim.a, claim.b) and r["n"] > 1:
             method, sign = (claim.a, 1) if claim.b == "dapo" else (claim.b, -1)
-            found.setdefault((claim.places, method), (sign * r["mean"], r["half"]))
+            found.setdefault((claim.places, method), dict(
+                mean=sign * r["mean"], half=r["half"], pairs=r["n"]))
     return found
 
 
@@ -186,9 +187,8 @@ def comparisons(records: dict, results: list[dict]) -> list[dict]:
         dapo = records.get((place, "dapo"))
         for method in ("a3po", *study.CELLS):
             if dapo and (place, method) in study_says:
-                mean, half = study_says[place, method]
                 rows.append(dict(
-                    place=place, method=method, mean=mean, half=half,
+                    place=place, method=method, **study_says[place, method],
                     **{form: from_dapo(dapo, method, form) for form in FORMS},
                     own=from_itself(records[place, method], dapo)
                     if (place, method) in records else None))
@@ -217,19 +217,19 @@ def section(runs: list[dict], results: list[dict]) -> list[str]:
         return []
     lines = ["## Why entropy moves", "", *THEORY.splitlines(), "",
              "Exploratory: the estimates were worked out on the tokens of the first of these "
-             "runs, with the study's differences known. One number is fitted, the step size, to "
-             "DAPO's own entropy in each regime; the rest is foretold from the tokens of that "
-             "one run of DAPO, weighed as another method would have weighed them. Differences "
-             "from DAPO of the mean entropy, nats; measured: the study's seeds, simultaneous 95 "
-             "% intervals.", "",
+             "runs, with the study's differences known, before there were fresh seeds. One number "
+             "is fitted, the step size, to DAPO's own entropy in each regime; the rest is "
+             "foretold from the tokens of that one run of DAPO, weighed as another method would "
+             "have weighed them. Differences from DAPO of the mean entropy, nats; measured: on "
+             "the fresh seeds where there are any, simultaneous 95 % intervals.", "",
              "![Foretold and measured entropy](why.png)", "",
              "| regime | method | gradient | natural | plain | gradient, from its own run | "
-             "measured |", "|" + "---|" * 7]
+             "measured | pairs |", "|" + "---|" * 8]
     for row in rows:
         own = "-" if row["own"] is None else f"{row['own']:+.3f}"
         forms = " | ".join(f"{row[form]:+.3f}" for form in FORMS)
         lines.append(f"| {row['place']} | {row['method']} | {forms} | {own} | {row['mean']:+.3f} ± "
-                     f"{row['half']:.3f} |")
+                     f"{row['half']:.3f} | {row['pairs']} |")
     lines += ["", "| form | signs right, of those decided | within the interval | correlation, "
               "saturating | factor that fits best | mean distance with it, nats |",
               "|" + "---|" * 6]
@@ -240,7 +240,9 @@ def section(runs: list[dict], results: list[dict]) -> list[str]:
 def reading(rows: list[dict]) -> str:
     """Say in words what the tables show."""
     rest = [row for row in rows if row["method"] not in ("a3po", "+low_prob", "-low_prob")]
-    gradient, natural, plain = (max(abs(row[form]) for row in rest) for form in FORMS)
+    gradient, natural, plain, most = (max(abs(row[key]) for row in rest)
+                                      for key in (*FORMS, "mean"))
+    decided = sum(abs(row["mean"]) > row["half"] for row in rest)
     [up, down] = [next(row for row in rows if row["method"] == cell)
                   for cell in ("+low_prob", "-low_prob")]
     ratios = [row["gradient"] / row["mean"] for row in rows if row["method"] == "a3po"]
@@ -248,9 +250,10 @@ def reading(rows: list[dict]) -> str:
             "right responses raises entropy, on those of wrong responses lowers it, "
             f"{-down['gradient'] / up['gradient']:.1f} times as much (measured: "
             f"{-down['mean'] / up['mean']:.1f} times); the other six cells move it by at most "
-            f"{gradient:.3f}, and the study decides none of them. It does not have the size: of "
-            "A3PO's difference it foretells " + " and ".join(f"{x:.1f}" for x in ratios) +
-            " times what was measured, in the order of the table. The plain form misleads: it "
+            f"{gradient:.3f} (measured: {most:.3f}, {decided or 'none'} of them told from 0). It "
+            "does not have the size: of A3PO's difference it foretells " +
+            " and ".join(f"{x:.1f}" for x in ratios) + " times what was measured, in the order of "
+            "the table. The plain form misleads: it "
             f"foretells up to {plain:.3f} for the six cells; natural, which keeps places apart, "
             f"{natural:.3f}.")
 
