@@ -97,18 +97,13 @@ def dial(runs: list[dict], places: tuple, path: Path) -> None:
     finish(figure, path)
 
 
-def cell_map(results: list[dict], path: Path) -> None:
-    """What each cell's tokens do to entropy, against DAPO's, as a heat map with intervals; of the
-    fresh seeds, once they are judged."""
+def cell_map(entropy: dict[tuple, dict], path: Path) -> None:
+    """What each cell's tokens do to entropy, against DAPO's, as a heat map with intervals."""
     grid, words, seeds = np.full((2, 4), np.nan), {}, 0
-    again = any(r["claim"].family == "cells again" and r["n"] > 1 for r in results)
-    for r in results:
-        claim = r["claim"]
-        if claim.family == ("cells again" if again else "cells") and r["n"] > 1:
-            seeds = r["n"]
-            cell, sign = (claim.a, 1) if claim.b == "dapo" else (claim.b, -1)
-            at = ("+-".index(cell[0]), CELLS.index(cell[1:]))
-            grid[at], words[at] = sign * r["mean"], f"{sign * r['mean']:+.3f}\n± {r['half']:.3f}"
+    for (_, method), found in entropy.items():
+        if method[1:] in CELLS:
+            at, seeds = ("+-".index(method[0]), CELLS.index(method[1:])), found["pairs"]
+            grid[at], words[at] = found["mean"], f"{found['mean']:+.3f}\n± {found['half']:.3f}"
     figure, axis = pyplot.subplots(figsize=(7.5, 2.8))
     most = np.nanmax(np.abs(grid)) if words else 1.0
     image = axis.imshow(grid, cmap="PuOr", vmin=-most, vmax=most, aspect="auto")
@@ -173,16 +168,16 @@ def finish(figure, path: Path) -> None:
     pyplot.close(figure)
 
 
-def draw_all(runs: list[dict], results: list[dict], cells_again: list[dict], main: str,
-             places: tuple, out: Path) -> None:
-    """Draw every picture into out."""
+def draw_all(runs: list[dict], entropy: dict[tuple, dict], main: str, places: tuple,
+             out: Path) -> None:
+    """Draw every picture into out; entropy: differences from DAPO by (place, method)."""
     over_steps(runs, main, ("a3po", "dapo", "random"), "traps of the shortcut regime",
                out / "shortcut.png")
     over_steps(runs, "saturating", ("a3po", "dapo", "grpo", "random", "psr", "nsr"),
                "the saturating regime", out / "saturating.png")
     over_steps(runs, "long", ("a3po", "dapo", "a3po_constant"), "300 steps", out / "long.png")
     dial(runs, places, out / "dial.png")
-    cell_map(results + cells_again, out / "cells.png")
+    cell_map(entropy, out / "cells.png")
     pass_curves(runs, "saturating", out / "pass_at_k.png")
     story(runs, main, out / "story.png")
 

@@ -490,6 +490,19 @@ def judge_later(runs: list[dict], others: list[dict], families: dict, claims: li
     return later
 
 
+def entropy_against_dapo(results: list[dict]) -> dict[tuple, dict]:
+    """Return for each (place, method) what the first result says of it: the difference of the mean
+    entropy from DAPO's, half its interval, the pairs."""
+    found = {}
+    for r in results:
+        claim = r["claim"]
+        if claim.metric == ENTROPY and "dapo" in (claim.a, claim.b) and r["n"] > 1:
+            method, sign = (claim.a, 1) if claim.b == "dapo" else (claim.b, -1)
+            found.setdefault((claim.places, method), dict(
+                mean=sign * r["mean"], half=r["half"], pairs=r["n"]))
+    return found
+
+
 def report(out: Path, runs_planned: int) -> None:
     """Judge the runs in out; write summary.md and the pictures there."""
     import pictures
@@ -506,11 +519,12 @@ def report(out: Path, runs_planned: int) -> None:
     later = judge_later(fresh, runs + hundred, CONFIRMED, CONFIRM_CLAIMS, FRESH)
     later |= judge_later(real, [], smollm2.PLANNED, smollm2.CLAIMS, smollm2.ABOUT)
     rule = " ".join((RULE + verdict.__doc__.partition("\n\n")[2]).split())
-    measured = [r for family in CONFIRMED for r in later[family]["results"]] + results
-    sections = readings.section(runs) + why.section(explored, measured)
+    fresh_first = [r for family in CONFIRMED for r in later[family]["results"]] + results
+    entropy = entropy_against_dapo(fresh_first)
+    sections = readings.section(runs) + why.section(explored, entropy)
     pictures.write_summary(runs, results, later, sections, runs_planned, rule, out)
-    pictures.draw_all(runs, results, later["cells again"]["results"], MAIN, PLACES, out)
-    why.draw(explored, measured, out / "why.png")
+    pictures.draw_all(runs, entropy, MAIN, PLACES, out)
+    why.draw(explored, entropy, out / "why.png")
     print(f"{out / 'summary.md'}: " + ", ".join(
         f"{n} {v}" for v, n in Counter(r["verdict"] for r in results).most_common()))
     for family, found in later.items():

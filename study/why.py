@@ -167,28 +167,15 @@ def from_itself(run: dict, dapo: dict) -> float:
     return scale(dapo, "gradient") * float(more.mean())
 
 
-def measured(results: list[dict]) -> dict[tuple, dict]:
-    """Return for each (place, method) what the first result says of it: the difference of the mean
-    entropy from DAPO's, half its interval, the pairs."""
-    found = {}
-    for r in results:
-        claim = r["claim"]
-        if claim.metric == study.ENTROPY and "dapo" in (claim.a, claim.b) and r["n"] > 1:
-            method, sign = (claim.a, 1) if claim.b == "dapo" else (claim.b, -1)
-            found.setdefault((claim.places, method), dict(
-                mean=sign * r["mean"], half=r["half"], pairs=r["n"]))
-    return found
-
-
-def comparisons(records: dict, results: list[dict]) -> list[dict]:
+def comparisons(records: dict, measured: dict[tuple, dict]) -> list[dict]:
     """Return for each method that DAPO's tokens can be weighed like: foretold and measured."""
-    rows, study_says = [], measured(results)
+    rows = []
     for place in DECAY:
         dapo = records.get((place, "dapo"))
         for method in ("a3po", *study.CELLS):
-            if dapo and (place, method) in study_says:
+            if dapo and (place, method) in measured:
                 rows.append(dict(
-                    place=place, method=method, **study_says[place, method],
+                    place=place, method=method, **measured[place, method],
                     **{form: from_dapo(dapo, method, form) for form in FORMS},
                     own=from_itself(records[place, method], dapo)
                     if (place, method) in records else None))
@@ -209,10 +196,10 @@ def agreement(rows: list[dict], form: str) -> str:
             f"{np.corrcoef(x, y)[0, 1]:+.3f} | {factor:.2f} | {distance:.3f} |")
 
 
-def section(runs: list[dict], results: list[dict]) -> list[str]:
+def section(runs: list[dict], measured: dict[tuple, dict]) -> list[str]:
     """Return the page of summary.md."""
     records = {(x["place"], x["method"]): x for x in runs}
-    rows = comparisons(records, results)
+    rows = comparisons(records, measured)
     if len(rows) < 3:
         return []
     lines = ["## Why entropy moves", "", *THEORY.splitlines(), "",
@@ -285,11 +272,11 @@ def limits(records: dict) -> list[str]:
     return lines
 
 
-def draw(runs: list[dict], results: list[dict], path: Path) -> None:
+def draw(runs: list[dict], measured: dict[tuple, dict], path: Path) -> None:
     import pictures
 
     records = {(x["place"], x["method"]): x for x in runs}
-    rows = comparisons(records, results)
+    rows = comparisons(records, measured)
     if len(rows) < 3:
         return
     figure, axes = pictures.pyplot.subplots(1, 3, figsize=(11, 3.4))
